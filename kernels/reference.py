@@ -1,0 +1,267 @@
+"""The plain-torch truth that every faster backend is compared with.
+
+All arithmetic is fp32 (cumulative probabilities fp64). Work goes by rows of query blocks, so memory is O(k_len) per head
+beyond the block scores; neither the (q_len x k_len) nor the (q_len/S x k_len/S) matrix ever exists. Arguments were
+validated by :mod:`xcalib.kernels.api`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from xcalib.kernels.geometry import Geometry
+
+__all__ = [
+    "SweepResult",
+    "block_sparse_attention",
+    "cut_offs",
+    "estimate_blocks",
+    "select_blocks",
+    "sweep_thresholds",
+]
+
+# The cut-off of a block that no threshold may drop; real cut-offs are cumulative probabilities, so >= 0.
+ALWAYS = -1.0
+NEVER = float("inf")
+
+# Most attention weights of a trained model are subnormal in fp32, and arithmetic on subnormal numbers is some ten times slower
+# on CPUs: weights this far below the row's peak are zero, and errors are scaled up before they are squared.
+NEGLIGIBLE = 1e-18
+LOW_PEAK = 20.0
+UPSCALE = 2.0**30
+
+
+def _strided_order(pattern: str, stride: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Which query of a group meets key 0, 1, ..., S-1 of a column group (the sampled pattern): int64 ``(S,)``."""
+    if pattern == "antidiagonal":
+        return torch.arange(stride - 1, -1, -1, device=device)
+    if pattern == "diagonal":
+        return torch.arange(stride, device=device)
+    return torch.randperm(stride, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def _grouped(tokens: torch.Tensor, stride: int) -> torch.Tensor:
+    """``(..., length, D)`` to fp32 ``(..., ceil(length / S), S, D)``; missing tokens are zeros."""
+    missing = -tokens.shape[-2] % stride
+    tokens = functional.pad(tokens.float(), (0, 0, 0, missing))
+    return tokens.unflatten(-2, (-1, stride))
+
+
+def estimate_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    stride: int,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    pattern: str,
+    seed: int,
+) -> torch.Tensor:
+    """See :func:`xcalib.kernels.estimate_blocks`."""
+    batch, q_heads, q_len, head_dim = query.shape
+    k_heads, k_len = key.shape[1:3]
+    geometry = Geometry(q_len, k_len, block_size, causal)
+    order = _strided_order(pattern, stride, seed, query.device)
+    per_block = block_size // stride
+    keys = _grouped(key, stride).flatten(-2)  # (B, Hkv, nk groups, S * D)
+    columns = torch.arange(keys.shape[2], device=query.device)
+    scores = query.new_zeros((batch, q_heads, geometry.q_blocks, geometry.k_blocks), dtype=torch.float32)
+    for row in range(geometry.q_blocks):
+        start, stop = geometry.query_span(row)
+        groups = _grouped(query[:, :, start:stop], stride).index_select(-2, order)  # (B, Hq, rows, S, D)
+        rows = groups.shape[2]
+        groups = groups.reshape(batch, k_heads, -1, stride * head_dim)  # (B, Hkv, G * rows, S * D)
+        blocks = geometry.visible_k_blocks(row)
+        reach = min(blocks * per_block, keys.shape[2])
+        logits = (groups @ keys[:, :, :reach].mT) * (scale / stride)  # (B, Hkv, G * rows, reach)
+        logits = logits.view(batch, q_heads, rows, reach)
+        if causal:
+            last_key = geometry.offset + start + stride * torch.arange(1, rows + 1, device=query.device) - 1
+            logits = logits.masked_fill(columns[:reach] * stride > last_key[:, None], -torch.inf)
+        probabilities = logits.softmax(-1).mean(-2)  # (B, Hq, reach)
+        probabilities = functional.pad(probabilities, (0, blocks * per_block - reach))
+        scores[:, :, row, :blocks] = probabilities.unflatten(-1, (blocks, per_block)).sum(-1)
+    return scores
+
+
+def _ranking(scores: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Order of preference in each row: always kept first, then by score, ties by the lower block index, invisible last.
+
+    Returns:
+        (order, sorted scores with invisible ones 0, fp64; always-kept flags), the first two like ``scores``.
+    """
+    visible = geometry.visible(scores.device)
+    forced = geometry.always_kept(scores.device) & visible
+    preference = scores.masked_fill(~visible, -torch.inf).masked_fill(forced, torch.inf)
+    order = preference.argsort(dim=-1, descending=True, stable=True)
+    ranked = scores.masked_fill(~visible, 0.0).gather(-1, order).double()
+    return order, ranked, forced
+
+
+def cut_offs(scores: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """The tau above which each block is kept: the probability of everything preferred to it.
+
+    Returns:
+        fp64 like ``scores``: ALWAYS for the sink and own blocks, NEVER for invisible ones; a block is kept at ``tau`` when
+        its cut-off is below ``tau``, and every visible block at ``tau >= 1``.
+    """
+    order, ranked, forced = _ranking(scores, geometry)
+    before = ranked.cumsum(-1) - ranked
+    cut_off = torch.empty_like(before).scatter_(-1, order, before)
+    return cut_off.masked_fill_(forced, ALWAYS).masked_fill_(~geometry.visible(scores.device), NEVER)
+
+
+def select_blocks(scores: torch.Tensor, threshold: torch.Tensor, geometry: Geometry, policy: str) -> torch.Tensor:
+    """See :func:`xcalib.kernels.select_blocks`; ``threshold`` is fp32 ``(q_heads,)``."""
+    limit = threshold.to(scores.device)[:, None, None]  # (Hq, 1, 1)
+    visible = geometry.visible(scores.device)
+    if policy == "threshold":
+        return ((cut_offs(scores, geometry) < limit) | (limit >= 1)) & visible
+    order, _, forced = _ranking(scores, geometry)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    if policy == "ratio":
+        # a tenth of ten blocks is one block, although fp32 holds a little more than a tenth
+        limit = (limit.double() * visible.sum(-1)[:, None] * (1 - 2.0**-23)).ceil()
+    return ((rank < limit) | forced) & visible
+
+
+def block_sparse_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, geometry: Geometry, scale: float
+) -> torch.Tensor:
+    """See :func:`xcalib.kernels.block_sparse_attention`."""
+    batch, q_heads, _, _ = query.shape
+    group = q_heads // key.shape[1]
+    size = geometry.block_size
+    output = torch.zeros_like(query)
+    kept = mask & geometry.visible(mask.device)
+    tokens = torch.arange(size, device=query.device)
+    for row in range(geometry.q_blocks):
+        start, stop = geometry.query_span(row)
+        first_position = geometry.offset + start
+        positions = torch.arange(first_position, geometry.offset + stop, device=query.device)
+        for b in range(batch):
+            for h in range(q_heads):
+                blocks = kept[b, h, row].nonzero()[:, 0]
+                if not len(blocks):
+                    continue
+                columns = (blocks[:, None] * size + tokens).flatten()
+                columns = columns[columns < geometry.k_len]
+                keys = key[b, h // group].index_select(0, columns).float()  # (n, D)
+                logits = (query[b, h, start:stop].float() * scale) @ keys.mT  # (rows, n)
+                if geometry.causal:
+                    # only columns past the first query's position can be hidden from any of these queries
+                    ahead = int((columns > first_position).sum())
+                    tail = logits[:, logits.shape[1] - ahead :]
+                    tail.masked_fill_(columns[len(columns) - ahead :] > positions[:, None], -torch.inf)
+                weights = logits.softmax(-1)
+                if geometry.causal and ahead == logits.shape[1]:
+                    # a query that may see none of its kept keys attends to nothing: zero, not softmax's NaN
+                    weights = weights.masked_fill((logits == -torch.inf).all(-1, keepdim=True), 0.0)
+                values = value[b, h // group].index_select(0, columns).float()
+                output[b, h, start:stop] = (weights @ values).to(output.dtype)
+    return output
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What every threshold of a grid does to each head of one attention call, summed over its tokens.
+
+    Attributes:
+        error: fp64 ``(q_heads, levels)``, sum over batch and tokens of ``||(O_tau - O_dense) W_o,h||^2``.
+        kept: int64 ``(q_heads, levels)``, blocks computed, summed over the batch.
+        visible: blocks that dense attention computes for one head, summed over the batch.
+    """
+
+    error: torch.Tensor
+    kept: torch.Tensor
+    visible: int
+
+
+def sweep_thresholds(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: torch.Tensor,
+    grid: torch.Tensor,
+    projection: torch.Tensor,
+    geometry: Geometry,
+    scale: float,
+) -> SweepResult:
+    """See :func:`xcalib.kernels.sweep_thresholds`; ``scores`` are those of :func:`estimate_blocks`."""
+    batch, q_heads, _, head_dim = query.shape
+    k_heads, group, size = key.shape[1], q_heads // key.shape[1], geometry.block_size
+    levels = len(grid)
+    cut_off = cut_offs(scores, geometry)
+    # A block's level is the first whose tau (fp32, as in select_blocks) exceeds its cut-off; rounding may push a cut-off to 1,
+    # where everything is kept.
+    level = torch.searchsorted(grid.float().double(), cut_off, right=True).clamp_(max=levels - 1)
+    padding = (0, 0, 0, geometry.k_blocks * size - geometry.k_len)
+    keys = functional.pad(key.float(), padding).unflatten(2, (-1, size))  # (B, Hkv, nk, Bk, D)
+    grouped_value = value.float().unsqueeze(2)  # (B, Hkv, 1, k_len, D)
+    values = grouped_value @ projection.float().unflatten(0, (k_heads, group))  # (B, Hkv, G, k_len, R)
+    values = functional.pad(values, padding).unflatten(3, (-1, size))  # (B, Hkv, G, nk, Bk, R)
+    error = torch.zeros((q_heads, levels), dtype=torch.float64, device=query.device)
+    counts = torch.zeros((q_heads, levels), dtype=torch.int64, device=query.device)
+    for row in range(geometry.q_blocks):
+        start, stop = geometry.query_span(row)
+        blocks = geometry.visible_k_blocks(row)
+        queries = (query[:, :, start:stop].float() * scale).reshape(batch, k_heads, 1, -1, head_dim)
+        logits = (queries @ keys[:, :, :blocks].mT).unflatten(3, (group, -1))  # (B, Hkv, n, G, Bq, Bk)
+        _hide_tokens(logits, geometry, row)
+        row_level = level[:, :, row, :blocks].unflatten(1, (k_heads, group))  # (B, Hkv, G, n)
+        member = functional.one_hot(row_level, levels)  # (B, Hkv, G, n, levels)
+        counts += member.sum(dim=(0, 3)).flatten(0, 1)
+        row_error = _row_error(logits.transpose(2, 3), values[:, :, :, :blocks], member.mT)
+        error += row_error.sum(0).flatten(0, 1)
+    return SweepResult(error, counts.cumsum(-1), batch * geometry.visible_count)
+
+
+def _hide_tokens(logits: torch.Tensor, geometry: Geometry, row: int) -> None:
+    """Set logits ``(B, Hkv, n, G, Bq, Bk)`` of keys that do not exist or lie ahead of the query to -inf, in place."""
+    start, stop = geometry.query_span(row)
+    first = geometry.own_k_blocks(row)[0] if geometry.causal else geometry.k_blocks - 1
+    size, blocks = geometry.block_size, logits.shape[2]
+    columns = torch.arange(first * size, blocks * size, device=logits.device).view(
+        -1, 1, 1, size
+    )  # (n - first, 1, 1, Bk)
+    if geometry.causal:
+        positions = geometry.offset + torch.arange(start, stop, device=logits.device)
+        hidden = columns > positions[:, None]  # (n - first, 1, Bq, Bk)
+    else:
+        hidden = columns >= geometry.k_len
+    logits[:, :, first:].masked_fill_(hidden, -torch.inf)
+
+
+def _row_error(logits: torch.Tensor, values: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+    """Squared error after each level, for one row of query blocks.
+
+    Args:
+        logits: fp32 ``(B, Hkv, G, n, Bq, Bk)``, hidden tokens -inf.
+        values: fp32 ``(B, Hkv, G, n, Bk, R)``, projected.
+        member: int64 ``(B, Hkv, G, levels, n)``, one where a key block enters at a level.
+
+    Returns:
+        ``(B, Hkv, G, levels)``, summed over the row's queries.
+    """
+    peaks = logits.amax(-1)  # (B, Hkv, G, n, Bq)
+    peak = peaks.amax(-2, keepdim=True)
+    kept_peak = peaks.masked_fill((member[..., 0, :] == 0).unsqueeze(-1), -torch.inf).amax(-2, keepdim=True)
+    # Where what is always kept lies far below the row's peak, its fp32 weights would lose their digits.
+    dtype = torch.float32 if float((peak - kept_peak).max()) < LOW_PEAK else torch.float64
+    weights = (logits - peak.unsqueeze(-1)).to(dtype).exp_()
+    if dtype == torch.float32:
+        functional.threshold(weights, NEGLIGIBLE, 0.0, inplace=True)
+    by_block = torch.cat([weights @ values.to(dtype), weights.sum(-1, keepdim=True)], dim=-1)  # (..., n, Bq, R + 1)
+    by_level = (member.to(dtype) @ by_block.flatten(-2)).unflatten(-1, by_block.shape[-2:])  # (..., levels, Bq, R + 1)
+    kept = by_level.cumsum(-3)
+    from_level = by_level.flip(-3).cumsum(-3).flip(-3)
+    dropped = functional.pad(from_level[..., 1:, :, :], (0, 0, 0, 0, 0, 1))  # what later levels add
+    kept_mass, dropped_mass = kept[..., -1:], dropped[..., -1:]
+    total = kept_mass + dropped_mass
+    # O_tau - O_dense, written so that nothing nearly equal is subtracted when little is dropped
+    difference = kept[..., :-1] * (dropped_mass / (total * kept_mass)) - dropped[..., :-1] / total
+    return difference.mul_(UPSCALE).square_().sum(dim=(-2, -1)).double() / UPSCALE**2

@@ -1,0 +1,5 @@
+"""``python -m xcalib`` is ``xcalib``."""
+
+from xcalib.cli import main
+
+main()

@@ -1,0 +1,313 @@
+"""The commands."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import xcalib
+from xcalib.cli import options as opt
+from xcalib.cli.demo import run_demo
+from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
+from xcalib.cli.show import render_profile
+from xcalib.collect import collect as collect_curves
+from xcalib.collect import load_curves
+from xcalib.collect.units import Units
+from xcalib.errors import ModelError, XcalibError
+from xcalib.evaluation import evaluate_plans, plans_to_evaluate
+from xcalib.models.structure import describe_model
+from xcalib.profile import Profile, load_profile, save_profile
+from xcalib.search import Objective, SearchMethod, build_profile, parse_targets
+from xcalib.search import search as search_model
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Calibrated block sparse attention: measure every head, search the thresholds, ship one file.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"xcalib {xcalib.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+def _work_folder(model: str, work: Path | None) -> Path:
+    return work or Path("xcalib-out") / (re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model")
+
+
+@app.command(epilog="Example: `xcalib search demo --data builtin --target density=0.25 --out demo.yaml`")
+def search(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help=opt.MODEL_HELP + " May be left out with --curves.")
+    ] = None,
+    out: FileOut = Path("profile.yaml"),
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="[NAME:]KIND=VALUE",
+            help="density=0.25, kl=0.01, drop=1% (task accuracy) or speedup=4. One unnamed target is the point 'balanced', with "
+            "'fidelity' and 'fast' around it; several get the names given.",
+        ),
+    ] = None,
+    data: opt.Data = None,
+    heldout_data: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Held-out data; default: other documents of --data.")
+    ] = None,
+    num_samples: opt.NumSamples = 8,
+    heldout_samples: Annotated[int, typer.Option(min=0, help="Held-out samples; 0 leaves the evidence out.")] = 6,
+    max_length: opt.MaxLength = 2048,
+    min_length: opt.MinLength = None,
+    seed: opt.Seed = 0,
+    method: Annotated[SearchMethod, typer.Option(help="paper is the published recurrence.")] = "knapsack",
+    objective: Annotated[
+        Objective,
+        typer.Option(help="gain: layer gain x output error; tempered: that to the power of 0.75; plain: output error."),
+    ] = "tempered",
+    start_threshold: Annotated[float, typer.Option(min=0.01, max=1, help="Of --method paper.")] = 0.9,
+    stride: opt.Stride = 16,
+    block_size: opt.BlockSize = 128,
+    pattern: opt.Pattern = "antidiagonal",
+    gain_samples: opt.GainSamples = 2,
+    curves: Annotated[Path | None, typer.Option(help="Use the curves of this folder instead of measuring.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
+    ] = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.RemoteCode = False,
+    resume: opt.Resume = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it exists.")] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure MODEL, find the thresholds of every head, and write a profile with held-out evidence."""
+    targets = parse_targets(target or [])
+    opt.check_output(out, overwrite)
+    measured = load_curves(curves) if curves else None
+    chosen: dict[str, Any] = {"method": method, "objective": objective, "start_threshold": start_threshold}
+    if model is None:
+        if measured is None:
+            raise typer.BadParameter("give MODEL, or --curves FOLDER", param_hint="MODEL")
+        profile = build_profile(measured, targets, **chosen)
+    else:
+        settings = opt.collect_settings(stride, block_size, pattern, gain_samples)
+        loaded = opt.open_model(model, device, dtype, trust_remote_code)
+        if measured is not None:
+            _same_model(measured.model, loaded)
+        lengths: dict[str, Any] = {"max_length": max_length, "min_length": min_length, "seed": seed}
+        samples = opt.read_samples(data, loaded, num_samples=num_samples, split="calibration", **lengths)
+        heldout = None
+        if heldout_samples:
+            used = tuple(measured.calibration["documents"]) if measured else tuple(sorted(samples.documents))
+            heldout = opt.read_samples(
+                heldout_data or data, loaded, num_samples=heldout_samples, split="heldout", exclude=used, **lengths
+            )
+        folder = _work_folder(model, work)
+        with resumable("run the same command with --resume"):
+            profile = search_model(
+                loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
+                curves=measured, folder=folder, name=model, resume=resume, progress=progress, **chosen,
+            )  # fmt: skip
+    save_profile(profile, out)
+    _report_profile(profile, out, as_json)
+
+
+def _same_model(identity: dict[str, Any], loaded: Any) -> None:
+    found = describe_model(loaded.model, loaded.name).config_sha256
+    if found != identity.get("config_sha256"):
+        raise ModelError(
+            f"the curves are of {identity.get('name')!r} ({identity.get('model_type')}), not of {loaded.name!r}"
+        )
+
+
+def _report_profile(profile: Profile, out: Path, as_json: bool) -> None:
+    render_profile(profile, console)
+    for point in profile.points:
+        if point.bound and point.bound.gap is not None:
+            console.print(f"{point.name}: within {point.bound.gap:.3%} of the best choice of levels for these curves")
+    console.print(f"wrote {out}", markup=False, soft_wrap=True)
+    if as_json:
+        print_json({"profile": str(out), **profile.model_dump(mode="json")})
+
+
+@app.command(epilog="Example: `xcalib collect demo --data builtin --data ruler@0.5 --out curves/`")
+def collect(
+    model: opt.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the curves.")],
+    data: opt.Data = None,
+    num_samples: opt.NumSamples = 8,
+    max_length: opt.MaxLength = 2048,
+    min_length: opt.MinLength = None,
+    seed: opt.Seed = 0,
+    stride: opt.Stride = 16,
+    block_size: opt.BlockSize = 128,
+    pattern: opt.Pattern = "antidiagonal",
+    gain_samples: opt.GainSamples = 2,
+    device: opt.Device = None,
+    dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.RemoteCode = False,
+    resume: opt.Resume = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure the curves of every head and the layer gains, and keep them for `xcalib search --curves`."""
+    settings = opt.collect_settings(stride, block_size, pattern, gain_samples)
+    loaded = opt.open_model(model, device, dtype, trust_remote_code)
+    samples = opt.read_samples(
+        data,
+        loaded,
+        num_samples=num_samples,
+        max_length=max_length,
+        min_length=min_length,
+        seed=seed,
+        split="calibration",
+    )
+    with resumable("run the same command with --resume"):
+        curves = collect_curves(
+            loaded.model, samples, out, settings=settings, name=model, resume=resume, progress=progress
+        )
+    console.print(
+        f"wrote {out}: {len(curves.layers)} layers x {curves.error.shape[2]} heads, {len(curves.grid)} levels",
+        markup=False,
+    )
+    for reason, layers in curves.dense_reasons.items():
+        console.print(f"{layers} layers stay dense: {reason}", markup=False)
+    if as_json:
+        print_json(
+            {
+                "curves": str(out),
+                "grid": curves.grid.tolist(),
+                "density": curves.density.mean(axis=(0, 1)).tolist(),
+                "error": curves.relative_error.sum(axis=1).mean(axis=0).tolist(),
+                "gain": curves.gain.tolist(),
+                "calibration": curves.calibration,
+                "dense_reasons": curves.dense_reasons,
+            }
+        )
+
+
+@app.command(epilog="Example: `xcalib evaluate demo --profile demo.yaml --uniform 0.9 --data builtin --json`")
+def evaluate(
+    model: opt.Model,
+    profile: Annotated[Path | None, typer.Option("--profile", "-p", help="Profile to measure.")] = None,
+    point: Annotated[str | None, typer.Option(help="One operating point; default all.")] = None,
+    uniform: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="Measure a single tau the same way; may be repeated.")
+    ] = None,
+    data: opt.Data = None,
+    num_samples: opt.NumSamples = 6,
+    max_length: Annotated[
+        int | None, typer.Option(min=64, help="Tokens of the longest sample; default the calibration's.")
+    ] = None,
+    min_length: opt.MinLength = None,
+    seed: opt.Seed = 0,
+    work: Annotated[Path | None, typer.Option(help="Keep finished samples in this folder, for --resume.")] = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.RemoteCode = False,
+    resume: opt.Resume = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Compare MODEL attending sparsely with itself attending densely, on documents that calibration never saw."""
+    if profile is None and not uniform:
+        raise typer.BadParameter("give --profile FILE, --uniform TAU, or both", param_hint="--profile")
+    if resume and work is None:
+        raise typer.BadParameter("needs --work FOLDER", param_hint="--resume")
+    loaded_profile = load_profile(profile) if profile else None
+    if loaded_profile is not None and point is not None:
+        loaded_profile.point(point)
+    loaded = opt.open_model(model, device, dtype, trust_remote_code)
+    plans = plans_to_evaluate(loaded.model, loaded_profile, point=point, uniform=uniform or ())
+    record = loaded_profile.calibration if loaded_profile else None
+    samples = opt.read_samples(
+        data or (list(record.sources) if record else None),
+        loaded,
+        num_samples=num_samples,
+        max_length=max_length or (record.max_length if record else 2048),
+        min_length=min_length,
+        seed=seed,
+        split="heldout",
+        exclude=record.documents if record else (),
+    )
+    units = None
+    if work is not None:
+        identity = {
+            "plans": {k: v.thresholds.tolist() for k, v in plans.items()},
+            "data": samples.tokens_sha256,
+            "model": model,
+        }
+        units = Units(work, identity, resume=resume)
+    with resumable("run the same command with --resume" if work else "give --work FOLDER to be able to --resume"):
+        found = evaluate_plans(loaded.model, samples, plans, tokenizer=loaded.tokenizer, units=units, progress=progress)
+    console.print(evaluation_table(found, f"{model}: dense against sparse, held out"))
+    console.print(by_layer_table(found))
+    if as_json:
+        print_json(found.to_dict())
+
+
+@app.command(epilog="Example: `xcalib validate profile.yaml other.yaml`")
+def validate(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Profiles.")],
+    as_json: opt.Json = False,
+) -> None:
+    """Check profiles: exit code 0 when all are valid, 2 with one line for each that is not."""
+    verdicts: dict[str, str | None] = {}
+    for file in files:
+        try:
+            load_profile(file)
+            verdicts[str(file)] = None
+            console.print(f"{file}: valid", markup=False)
+        except XcalibError as error:
+            verdicts[str(file)] = str(error)
+            console.print(f"error: {error}", markup=False, soft_wrap=True)
+    if as_json:
+        print_json(verdicts)
+    if any(verdict is not None for verdict in verdicts.values()):
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example: `xcalib show profile.yaml --point fast`")
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile.")],
+    point: Annotated[str | None, typer.Option(help="Operating point of the heatmap; default the profile's.")] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Summary of a profile and a heatmap of its thresholds, layers x heads."""
+    profile = load_profile(file)
+    if as_json:
+        profile.point(point)
+        print_json(json.loads(profile.model_dump_json()))
+        return
+    render_profile(profile, Console(highlight=False), point)
+
+
+@app.command(epilog="Example: `xcalib demo`")
+def demo(
+    out: FileOut = Path("xcalib-demo/profile.yaml"),
+    seed: opt.Seed = 0,
+    resume: opt.Resume = False,
+    as_json: opt.Json = False,
+) -> None:
+    """The whole job on SmolLM2-135M: search, then prove on held-out text that the profile beats any single tau."""
+    with resumable("run 'xcalib demo --resume'"):
+        result = run_demo(out, seed=seed, resume=resume)
+    if as_json:
+        print_json(result)

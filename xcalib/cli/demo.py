@@ -1,0 +1,115 @@
+"""``xcalib demo``: the whole job on the real SmolLM2-135M, ending with the profile against the best single tau."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from xcalib.cli import options as opt
+from xcalib.cli.environment import environment
+from xcalib.cli.output import console, evaluation_table, progress
+from xcalib.cli.show import render_profile
+from xcalib.collect import CollectSettings, Curves, collect
+from xcalib.collect.units import Units
+from xcalib.evaluation import Evaluation, evaluate_plans, plans_to_evaluate, uniform_at
+from xcalib.profile import Profile, save_profile
+from xcalib.search import DEFAULT_TARGETS, Tables, build_profile, uniform_thresholds
+from xcalib.search.profiles import with_evidence
+
+__all__ = ["run_demo"]
+
+# Sized for two CPU cores: about five minutes in all.
+DEMO_SETTINGS = CollectSettings(stride=16, block_size=64, gain_samples=1)
+DEMO_SPECS = ["builtin@2", "ruler@1"]  # windows of each category of the corpus, and some tasks
+DEMO_SAMPLES = 8
+DEMO_HELDOUT = 6
+DEMO_LENGTH = 1344
+POINT = "balanced"
+# Single taus are measured at about these multiples of the balanced density, to interpolate between.
+BRACKET = (0.93, 1.07)
+
+
+def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any]:
+    """Calibrate, search, evaluate on held-out documents, print the comparison, and write the profile to ``out``.
+
+    Returns:
+        What ``--json`` prints: command, machine, comparison, predictions and the evaluation.
+    """
+    began = time.monotonic()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.parent / f"seed-{seed}"
+    if not resume and (work / "curves" / "collect.json").is_file():
+        shutil.rmtree(work)  # an earlier demo's: this one starts anew
+    loaded = opt.open_model("demo", None, "auto", False)
+    lengths: dict[str, Any] = {"max_length": DEMO_LENGTH, "min_length": None, "seed": seed}
+    samples = opt.read_samples(DEMO_SPECS, loaded, num_samples=DEMO_SAMPLES, split="calibration", **lengths)
+    heldout = opt.read_samples(
+        DEMO_SPECS, loaded, num_samples=DEMO_HELDOUT, split="heldout", exclude=tuple(samples.documents), **lengths
+    )
+    curves = collect(
+        loaded.model, samples, work / "curves", settings=DEMO_SETTINGS, name="demo", resume=resume, progress=progress
+    )
+    profile = build_profile(curves, DEFAULT_TARGETS)
+    plans = plans_to_evaluate(loaded.model, profile, uniform=single_taus(curves, profile))
+    identity = {"plans": {k: v.thresholds.tolist() for k, v in plans.items()}, "data": heldout.tokens_sha256}
+    units = Units(work / "heldout", identity, resume=resume)
+    found = evaluate_plans(loaded.model, heldout, plans, tokenizer=loaded.tokenizer, units=units, progress=progress)
+    profile = with_evidence(profile, found)
+    save_profile(profile, out)
+    comparison = compare(profile, found) | {"seed": seed, "seconds": time.monotonic() - began}
+    _report(profile, found, comparison, out)
+    command = f"xcalib demo --seed {seed} --json"
+    return {
+        "command": command,
+        "environment": environment(),
+        "comparison": comparison,
+        "profile": {point.name: point.predicted.model_dump() for point in profile.points},
+        "evaluation": found.to_dict(),
+    }
+
+
+def single_taus(curves: Curves, profile: Profile) -> list[float]:
+    """Single taus whose predicted densities lie around the balanced point's."""
+    tables = Tables.of(curves)
+    density = profile.point(POINT).predicted.density
+    return [round(uniform_thresholds(tables, density * factor), 4) for factor in BRACKET]
+
+
+def compare(profile: Profile, found: Evaluation) -> dict[str, float]:
+    """The balanced point against the single tau of the same held-out density, and prediction against measurement."""
+    point, measured = profile.point(POINT), found.plan(POINT)
+    uniform = uniform_at(found, measured.density)
+    return {
+        "density": measured.density,
+        "kl": measured.kl,
+        "kl_uniform": uniform.kl,
+        "tau_uniform": uniform.tau,
+        "ratio": measured.kl / uniform.kl,
+        "predicted_kl": point.predicted.kl,
+        "prediction_error": point.predicted.kl / measured.kl - 1,
+    }
+
+
+def _report(profile: Profile, found: Evaluation, comparison: dict[str, float], out: Path) -> None:
+    render_profile(profile, console)
+    console.print(evaluation_table(found, "SmolLM2-135M, held-out documents: dense, the profile's points, single taus"))
+    table = Table(title="At the same held-out density", title_justify="left")
+    for column in ("attention", "density", "KL mean", "against single tau"):
+        table.add_column(column, justify="left" if column == "attention" else "right")
+    density = f"{comparison['density']:.1%}"
+    table.add_row("dense", "100.0%", "0", "")
+    table.add_row(
+        f"best single tau ({comparison['tau_uniform']:.3f}, interpolated)",
+        density,
+        f"{comparison['kl_uniform']:.4f}",
+        "1.00",
+    )
+    table.add_row(f"profile, {POINT}", density, f"{comparison['kl']:.4f}", f"{comparison['ratio']:.2f}")
+    console.print(table)
+    console.print(
+        f"predicted KL {comparison['predicted_kl']:.4f}, measured {comparison['kl']:.4f} "
+        f"({comparison['prediction_error']:+.1%}); {comparison['seconds']:.0f} s in all"
+    )
+    console.print(f"wrote {out}; see it again with: xcalib show {out}", markup=False, soft_wrap=True)

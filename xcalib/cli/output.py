@@ -1,0 +1,143 @@
+"""Progress and tables on stderr; JSON for scripts on stdout."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from xcalib.errors import XcalibWarning
+from xcalib.evaluation import Evaluation
+
+__all__ = [
+    "by_layer_table",
+    "console",
+    "evaluation_table",
+    "print_json",
+    "progress",
+    "quiet_libraries",
+    "resumable",
+    "status",
+]
+
+console = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A Rich bar with what is being done and the time left; plain lines when stderr is not a terminal."""
+    if not console.is_terminal:
+        console.print(f"{description} ...")
+        yield lambda _steps: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+@contextmanager
+def status(description: str) -> Iterator[None]:
+    """For work of unknown length."""
+    if console.is_terminal:
+        with console.status(description):
+            yield
+    else:
+        console.print(f"{description} ...")
+        yield
+
+
+@contextmanager
+def resumable(hint: str) -> Iterator[None]:
+    """Ctrl-C ends the command with exit code 130 and says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"interrupted: finished samples are kept; {hint}")
+        raise typer.Exit(130) from None
+
+
+def quiet_libraries() -> None:
+    """Our own bar is the only one, and our own warnings read as one line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    previous = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *rest: Any, **options: Any) -> None:
+        if issubclass(category, XcalibWarning):
+            console.print(f"warning: {message}", markup=False)
+        else:
+            previous(message, category, *rest, **options)
+
+    warnings.showwarning = show
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def evaluation_table(evaluation: Evaluation, title: str) -> Table:
+    """Dense and every plan, one row each."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("attention")
+    for column in ("density", "KL mean", "KL p99", "perplexity", "accuracy", "prefill s"):
+        table.add_column(column, justify="right")
+    dense = evaluation.dense
+    table.add_row(
+        "dense", "100.0%", "0", "0", f"{dense.perplexity:.3f}", _percent(dense.accuracy), f"{dense.seconds:.1f}"
+    )
+    for plan in evaluation.plans:
+        table.add_row(
+            plan.name,
+            _percent(plan.density),
+            f"{plan.kl:.4f}",
+            f"{plan.kl_p99:.3f}",
+            f"{plan.perplexity:.3f}",
+            _percent(plan.accuracy),
+            f"{plan.seconds:.1f}",
+        )
+    asked = f", {evaluation.asking} with a question" if evaluation.asking else ""
+    table.caption = (
+        f"{evaluation.samples} samples{asked}, {evaluation.tokens:,} tokens from {', '.join(evaluation.sources)}; "
+        "KL in nats per token"
+    )
+    return table
+
+
+def by_layer_table(evaluation: Evaluation, columns: int = 10) -> Table:
+    """Density of every layer in percent, ten layers a line; a dash where a layer stays dense."""
+    table = Table(title="density by layer, %", title_justify="left")
+    table.add_column("attention")
+    table.add_column("layers")
+    for column in range(columns):
+        table.add_column(f"+{column}", justify="right")
+    for plan in evaluation.plans:
+        cells = ["-" if value is None else f"{100 * value:.0f}" for value in plan.density_by_layer]
+        for start in range(0, len(cells), columns):
+            row = cells[start : start + columns]
+            label = plan.name if start == 0 else ""
+            table.add_row(label, f"{start}-{start + len(row) - 1}", *row, *[""] * (columns - len(row)))
+    return table

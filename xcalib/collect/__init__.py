@@ -1,0 +1,85 @@
+"""From a model and samples to curves: what every threshold costs and does to every head.
+
+One dense pass per sample carries the sweep of all thresholds; then the gain of each layer is measured on a few samples.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, load_curves, save_curves
+from xcalib.collect.job import Job
+from xcalib.collect.units import Units
+from xcalib.data import SampleSet
+from xcalib.models.structure import describe_model
+from xcalib.progress import Progress, silent
+
+__all__ = ["DEFAULT_GRID", "CollectSettings", "Curves", "collect", "load_curves", "save_curves"]
+
+
+def collect(
+    model: Any,
+    samples: SampleSet,
+    folder: str | os.PathLike[str],
+    *,
+    settings: CollectSettings | None = None,
+    name: str | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Curves:
+    """Measure a model's curves and layer gains, and save them.
+
+    Each finished sample is on disk before the next begins; interrupt at any time and call again with ``resume=True``: the
+    curves are the same, bit for bit, and finished samples are not repeated.
+
+    Args:
+        model: a transformers causal language model, in evaluation mode.
+        samples: calibration data.
+        folder: new or empty, or of the collection to resume; receives ``curves.safetensors`` and ``curves.json``.
+        settings: what is measured; default :class:`CollectSettings`.
+        name: what the user calls the model.
+        resume: go on with what ``folder`` holds.
+        progress: draws the work.
+
+    Raises:
+        CurvesError: the folder cannot be used.
+        ModelError: the model cannot be measured, or its activations are not finite.
+    """
+    settings = settings or CollectSettings()
+    identity = describe_model(model, name)
+    units = Units(folder, _identity(identity.model_dump(), model, samples, settings), resume=resume)
+    if resume and (units.folder / "curves.json").is_file():
+        return load_curves(units.folder)
+    job = Job(model, identity.query_heads, samples, settings, units, progress)
+    curves = job.measure_joint(job.measure_gains(job.measure_samples()))
+    curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
+    save_curves(curves, units.folder)
+    units.discard()
+    return curves
+
+
+def _identity(
+    model_identity: dict[str, Any], model: Any, samples: SampleSet, settings: CollectSettings
+) -> dict[str, Any]:
+    parameter = next(model.parameters())
+    return {
+        "settings": dataclasses.asdict(settings),
+        "model": {key: value for key, value in model_identity.items() if key != "name"},
+        "data": samples.tokens_sha256,
+        "dtype": str(parameter.dtype),
+    }
+
+
+def _calibration(samples: SampleSet, settings: CollectSettings) -> dict[str, Any]:
+    lengths = [len(sample.tokens) for sample in samples.samples]
+    return {
+        "sources": list(samples.specs),
+        "samples": len(lengths),
+        "min_length": min(lengths),
+        "max_length": max(lengths),
+        "seed": samples.seed,
+        "tokens_sha256": samples.tokens_sha256,
+        "documents": sorted(samples.documents),
+        "gain_samples": min(settings.gain_samples, len(lengths)),
+        "dropped": dict(samples.dropped),
+    }

@@ -1,0 +1,141 @@
+"""One dense forward pass of one sample gives the curve of every layer and head."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from xcalib.collect.curves import CollectSettings
+from xcalib.errors import ModelError
+from xcalib.kernels import sweep_thresholds, visible_blocks
+from xcalib.models.attention import AttentionCall, patch_attention
+from xcalib.models.structure import AttentionLayer, attention_layers, compact_projection, head_projection
+
+__all__ = ["SampleCurves", "Sweeper"]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleCurves:
+    """The sums of one sample; layers that cannot be sparse are absent, with the reason.
+
+    Attributes:
+        layers: measured layers' indices, int64 ``(layers,)``.
+        error: fp64 ``(layers, heads, levels)``.
+        energy: fp64 ``(layers,)``.
+        kept: int64 ``(layers, heads, levels)``.
+        visible: blocks of one dense head.
+        tokens: length of the sample.
+        reasons: dense reason -> number of layers.
+        hidden: fp32 ``(positions, hidden)``, the dense model's last hidden states where gains are measured.
+    """
+
+    layers: np.ndarray
+    error: np.ndarray
+    energy: np.ndarray
+    kept: np.ndarray
+    visible: int
+    tokens: int
+    reasons: dict[str, int]
+    hidden: np.ndarray
+
+
+class Sweeper:
+    """Measures samples on one model; the projections W_o are read once."""
+
+    def __init__(self, model: Any, settings: CollectSettings, query_heads: int) -> None:
+        self._model = model
+        self._settings = settings
+        self._layers = {layer.index: layer for layer in attention_layers(model)}
+        self._grid = torch.tensor(settings.grid, dtype=torch.float64)
+        self._projections = {
+            index: compact_projection(head_projection(layer, query_heads)) for index, layer in self._layers.items()
+        }
+
+    @torch.inference_mode()
+    def measure(self, tokens: torch.Tensor, advance: Callable[[int], None] = lambda _n: None) -> SampleCurves:
+        """Run int64 ``(length,)`` tokens once, densely, and sweep every layer on the way; ``advance`` is called per layer.
+
+        Raises:
+            ModelError: activations are not finite, or no layer can be sparse.
+        """
+        results: dict[int, Any] = {}
+        energies: dict[int, float] = {}
+        reasons: dict[str, int] = {}
+
+        def compute(call: AttentionCall) -> None:
+            advance(1)
+            if call.dense_reason is not None:
+                reasons[call.dense_reason] = reasons.get(call.dense_reason, 0) + 1
+                return
+            results[call.layer] = self._sweep(call)
+
+        hooks = [layer.output.register_forward_hook(_energy_hook(layer, energies)) for layer in self._layers.values()]
+        decoder = self._model.get_decoder() if hasattr(self._model, "get_decoder") else self._model.base_model
+        try:
+            with patch_attention(self._model, compute):
+                hidden = decoder(input_ids=tokens[None], use_cache=False)[0][0]  # (length, hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not bool(hidden.isfinite().all()):  # after the last attention, so no sweep has seen them
+            raise ModelError(f"{type(self._model).__name__}: the last hidden states hold NaN or infinite numbers")
+        every = self._settings.gain_every
+        return self._gather(results, energies, reasons, len(tokens), hidden[every - 1 :: every].float().cpu().numpy())
+
+    def _sweep(self, call: AttentionCall) -> Any:
+        settings = self._settings
+        try:
+            return sweep_thresholds(
+                call.query,
+                call.key,
+                call.value,
+                self._grid,
+                self._projections[call.layer],
+                stride=settings.stride,
+                block_size=settings.block_size,
+                scale=call.scale,
+                pattern=settings.pattern,
+            )
+        except ValueError as error:
+            raise ModelError(
+                f"layer {call.layer} of {type(self._model).__name__} cannot be measured: {error}"
+            ) from error
+
+    def _gather(
+        self,
+        results: dict[int, Any],
+        energies: dict[int, float],
+        reasons: dict[str, int],
+        length: int,
+        hidden: np.ndarray,
+    ) -> SampleCurves:
+        if not results:
+            said = (
+                ", ".join(f"{reason} ({count} layers)" for reason, count in reasons.items())
+                or "no attention call was seen"
+            )
+            raise ModelError(f"{type(self._model).__name__}: no layer can attend sparsely: {said}")
+        layers = sorted(results)
+        block_size = self._settings.block_size
+        return SampleCurves(
+            layers=np.array(layers, dtype=np.int64),
+            error=np.stack([results[index].error.cpu().numpy() for index in layers]),
+            energy=np.array([energies[index] for index in layers], dtype=np.float64),
+            kept=np.stack([results[index].kept.cpu().numpy() for index in layers]),
+            visible=int(visible_blocks(length, length, block_size=block_size).sum()),
+            tokens=length,
+            reasons=reasons,
+            hidden=hidden,
+        )
+
+
+def _energy_hook(layer: AttentionLayer, energies: dict[int, float]) -> Callable[..., None]:
+    bias = getattr(layer.output, "bias", None)
+
+    def hook(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        added = output.float() if bias is None else output.float() - bias.float()
+        energies[layer.index] = float(added.double().square().sum())
+
+    return hook

@@ -1,0 +1,207 @@
+"""Documents from the shipped corpus, from text files and from JSON lines."""
+
+import codecs
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from xcalib.data._documents import Document, Drops, in_memory, one_line
+from xcalib.data._sample import DIGEST_CHARS
+from xcalib.errors import DataError
+
+__all__ = ["builtin_documents", "categories", "jsonl_documents", "text_documents"]
+
+_CHUNK = 1 << 20
+_BOM = codecs.BOM_UTF8
+
+
+@cache
+def _corpus() -> tuple[Document, ...]:
+    documents: list[Document] = []
+    for folder in files("xcalib.data.corpus").iterdir():
+        if not folder.is_dir() or folder.name.startswith(("_", ".")):
+            continue
+        entries = [entry for entry in folder.iterdir() if entry.name.endswith(".txt")]
+        kinds = Counter(_kind(entry.name) for entry in entries)
+        for entry in entries:
+            kind = _kind(entry.name)
+            group = f"{folder.name}/{kind if kinds[kind] > 1 else kinds.most_common(1)[0][0]}"  # a kind of one joins the largest
+            name = f"{folder.name}/{entry.name}"
+            documents.append(in_memory(name, entry.read_text(encoding="utf-8"), group=group))
+    return tuple(sorted(documents, key=lambda document: document.name))
+
+
+def _kind(name: str) -> str:
+    """Files of one origin begin with one word: ``jargon-a.txt``, ``tz-zones.txt``."""
+    return name.partition("-")[0]
+
+
+def categories() -> tuple[str, ...]:
+    """Categories of the shipped corpus, in alphabetical order."""
+    return tuple(sorted({document.category for document in _corpus()}))
+
+
+def builtin_documents(argument: str) -> list[Document]:
+    """The shipped corpus, or the categories named in ``argument`` (comma separated).
+
+    Raises:
+        DataError: an unknown category.
+    """
+    wanted = [name.strip() for name in argument.split(",")] if argument else list(categories())
+    for name in wanted:
+        if name not in categories():
+            raise DataError(f"builtin: unknown category '{name}'; allowed: {', '.join(categories())}")
+    return [document for document in _corpus() if document.category in wanted]
+
+
+def text_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document]:
+    """One document per file of a file, folder (recursive) or glob pattern.
+
+    Raises:
+        DataError: the path does not exist or the pattern matches nothing.
+    """
+    for path in _find_files(spec, argument, drops):
+        try:
+            document = _scan_file(path)
+        except UnicodeDecodeError:
+            drops.add(spec, "not UTF-8", path.name)
+        except OSError as error:
+            drops.add(spec, f"unreadable ({type(error).__name__})", path.name)
+        else:
+            if document is None:
+                drops.add(spec, "empty", path.name)
+            else:
+                yield document
+
+
+def _find_files(spec: str, argument: str, drops: Drops) -> list[Path]:
+    path = Path(argument).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _walk(spec, path, drops)
+    parts = path.parts
+    magic = next((i for i, part in enumerate(parts) if any(char in part for char in "*?[")), None)
+    if magic is None:
+        raise DataError(f"{spec}: no file or folder '{argument}'")
+    base, pattern = Path(*parts[:magic]), Path(*parts[magic:])
+    found = sorted(match for match in base.glob(str(pattern)) if match.is_file())
+    if not any(part.startswith(".") for part in pattern.parts):
+        for match in found:
+            if _hidden(match, base):
+                drops.add(spec, "hidden file or folder", match.name)
+        found = [match for match in found if not _hidden(match, base)]
+    if not found:
+        raise DataError(f"{spec}: no file matches '{argument}'{drops.hint(spec)}")
+    return found
+
+
+def _hidden(path: Path, base: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(base).parts)
+
+
+def _walk(spec: str, root: Path, drops: Drops) -> list[Path]:
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        for name in subfolders + names:
+            path = Path(folder, name)
+            if name.startswith("."):
+                drops.add(spec, "hidden file or folder", name)
+            elif path.is_file():
+                found.append(path)
+            elif path.is_symlink() or not path.is_dir():
+                drops.add(spec, "link to a folder, broken link or special file", name)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    return sorted(found)
+
+
+def _scan_file(path: Path) -> Document | None:
+    """Check and hash a file in pieces; None when it holds only white space. NUL bytes count as not being text."""
+    digest, size, blank = hashlib.sha256(), 0, True
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        skipped = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+        file.seek(skipped)
+        while data := file.read(_CHUNK):
+            if b"\0" in data:
+                raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "NUL byte")
+            blank = decoder.decode(data).isspace() and blank
+            digest.update(data)
+            size += len(data)
+        decoder.decode(b"", final=True)
+
+    def read(start: int, stop: int) -> str:
+        with path.open("rb") as file:
+            file.seek(skipped + start)
+            return file.read(stop - start).decode("utf-8", "ignore")
+
+    return None if blank or size == 0 else Document(path.name, digest.hexdigest()[:DIGEST_CHARS], size, read)
+
+
+def jsonl_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document]:
+    """One document per line; rows with ``answers`` or ``answer`` are whole prompts.
+
+    Raises:
+        DataError: the file does not exist or cannot be read.
+    """
+    path, field = Path(argument).expanduser(), "text"
+    if not path.is_file() and ":" in argument:
+        name, _, field = argument.rpartition(":")
+        path = Path(name).expanduser()
+    if not path.is_file():
+        raise DataError(f"{spec}: no file '{path}'")
+    try:
+        with path.open("rb") as file:
+            start = 0
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield replace(_parse_row(path, start, line, field), name=f"line {number}")
+                    except ValueError as error:
+                        drops.add(spec, str(error), f"line {number}")
+                start += len(line)
+    except OSError as error:
+        raise DataError(f"{spec}: cannot read '{path}' ({one_line(error)})") from error
+
+
+def _parse_row(path: Path, start: int, line: bytes, field: str) -> Document:
+    """Raises ValueError with the reason for which the row is of no use."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("bad JSON") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if field not in row:
+        raise ValueError(f"no field '{field}'")
+    if not isinstance(row[field], str):
+        raise ValueError(f"field '{field}' is not a string")
+    if not row[field].strip():
+        raise ValueError("empty")
+    length = len(line)
+
+    def read(first: int, last: int) -> str:
+        with path.open("rb") as file:
+            file.seek(start)
+            text: str = json.loads(file.read(length).decode("utf-8-sig"))[field]
+        return text.encode("utf-8", "replace")[first:last].decode("utf-8", "ignore")
+
+    # Only the digest and the size are kept: the text is read again when a window is needed.
+    return replace(in_memory("", row[field]), read=read, answers=_parse_answers(row))
+
+
+def _parse_answers(row: dict[str, Any]) -> tuple[str, ...]:
+    value = row.get("answers", row.get("answer"))
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str | int | float) and str(item).strip() for item in values):
+        raise ValueError("answers are not a string or a list of strings")
+    return tuple(dict.fromkeys(str(item).strip() for item in values))

@@ -1,0 +1,1 @@
+"""Texts that ship with xcalib, one folder per category; LICENSE.md says where each comes from."""

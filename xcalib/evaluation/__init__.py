@@ -1,0 +1,189 @@
+"""How far a sparsely attending model is from itself attending densely: KL, perplexity, task accuracy, density, time."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from xcalib.collect.units import Units
+from xcalib.data import Sample, SampleSet, score
+from xcalib.errors import DataError, ModelError
+from xcalib.evaluation.results import Evaluation, SampleResult, summarise
+from xcalib.evaluation.timing import Stopwatch
+from xcalib.evaluation.uniform import UniformPoint, uniform_at
+from xcalib.kernels import visible_blocks
+from xcalib.models.logits import LogitHead
+from xcalib.models.sparse import SparseAttention, SparsePlan
+from xcalib.profile import Profile
+from xcalib.progress import Progress, silent
+from xcalib.runtime import check_fits, sparse_plan
+
+__all__ = ["Evaluation", "UniformPoint", "evaluate", "evaluate_plans", "plans_to_evaluate", "uniform_at"]
+
+
+def evaluate(
+    model: Any,
+    data: SampleSet,
+    profile: Profile | None = None,
+    *,
+    point: str | None = None,
+    uniform: Sequence[float] = (),
+    tokenizer: Any = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure a model with and without a profile on the same samples.
+
+    Args:
+        model: a transformers causal language model, in evaluation mode.
+        data: samples; those with answers are scored when ``tokenizer`` is given.
+        profile: its points (or one ``point``) are measured; None measures the dense model and ``uniform`` only.
+        point: name of the one operating point to measure; default all.
+        uniform: single taus to measure the same way, with the profile's method.
+        tokenizer: turns generated tokens into text.
+        progress: draws the work.
+
+    Raises:
+        ModelError: the profile is another model's.
+        DataError: calibration documents of the profile are among the samples: figures on them would prove nothing.
+    """
+    if profile is not None:
+        _refuse_overlap(profile, data)
+    plans = plans_to_evaluate(model, profile, point=point, uniform=uniform)
+    return evaluate_plans(model, data, plans, tokenizer=tokenizer, progress=progress)
+
+
+def plans_to_evaluate(
+    model: Any, profile: Profile | None, *, point: str | None = None, uniform: Sequence[float] = ()
+) -> dict[str, SparsePlan]:
+    """Thresholds by name: the profile's points (or one) and single taus, as ``tau=0.9``, with the profile's method.
+
+    Raises:
+        ModelError: the profile is another model's.
+        ProfileError: there is no such point.
+        DataError: a tau is not in [0, 1].
+    """
+    plans: dict[str, SparsePlan] = {}
+    if profile is not None:
+        check_fits(model, profile)
+        names = [profile.point(point).name] if point is not None else [candidate.name for candidate in profile.points]
+        plans = {name: sparse_plan(profile, name) for name in names}
+    for tau in uniform:
+        plans[f"tau={tau:g}"] = _uniform_plan(model, profile, tau)
+    return plans
+
+
+def _refuse_overlap(profile: Profile, data: SampleSet) -> None:
+    shared = set(profile.calibration.documents) & data.documents
+    if shared:
+        raise DataError(
+            f"{len(shared)} of the {len(data.documents)} documents were used to calibrate this profile: evaluate on the "
+            "held-out split or on other data"
+        )
+
+
+def _uniform_plan(model: Any, profile: Profile | None, tau: float) -> SparsePlan:
+    if not 0 <= tau <= 1:
+        raise DataError(f"uniform tau is {tau}, expected a number in [0, 1]")
+    config = model.config.get_text_config()
+    shape = (1, config.num_hidden_layers, config.num_attention_heads)
+    if profile is None:
+        return SparsePlan(16, 128, "antidiagonal", ((0, None),), torch.full(shape, tau))
+    plan = sparse_plan(profile, None)
+    return SparsePlan(
+        plan.stride, plan.block_size, plan.pattern, plan.bins, torch.full_like(plan.thresholds, tau), plan.dense_layers
+    )
+
+
+def evaluate_plans(
+    model: Any,
+    data: SampleSet,
+    plans: Mapping[str, SparsePlan],
+    *,
+    tokenizer: Any = None,
+    units: Units | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure the dense model and each plan on every sample.
+
+    Args:
+        model: a transformers causal language model, in evaluation mode.
+        data: samples.
+        plans: name to thresholds.
+        tokenizer: needed to score samples with answers.
+        units: where finished samples are kept, so that an interrupted evaluation goes on.
+        progress: draws the work.
+
+    Raises:
+        ModelError: hidden states are not finite or the model's head is not supported.
+    """
+    head = LogitHead(model)
+    results = []
+    with progress(f"Evaluating {len(data.samples)} samples", len(data.samples) * (1 + len(plans))) as advance:
+        for index, sample in enumerate(data.samples):
+            unit = units.load(f"evaluated-{index:05d}") if units else None
+            if unit is None:
+                try:
+                    result = _evaluate_sample(model, head, sample, plans, tokenizer, advance)
+                except ModelError as error:
+                    raise ModelError(f"sample {index}: {error}") from error
+                if units:
+                    units.save(f"evaluated-{index:05d}", result.arrays())
+            else:
+                result = SampleResult(**unit)
+                advance(1 + len(plans))
+            results.append(result)
+    return summarise(list(plans), results, data)
+
+
+def _evaluate_sample(
+    model: Any, head: LogitHead, sample: Sample, plans: Mapping[str, SparsePlan], tokenizer: Any, advance: Any
+) -> SampleResult:
+    device = next(model.parameters()).device
+    tokens = torch.tensor(sample.tokens, device=device)
+    asks = bool(sample.answers) and tokenizer is not None
+    watch = Stopwatch(device)
+    accuracy, hidden = [], []
+    with watch:
+        dense = head.prefill(tokens, use_cache=asks)
+    accuracy.append(_answer(model, head, dense, sample, tokenizer) if asks else np.nan)
+    advance(1)
+    densities, blocks = [], []
+    for plan in plans.values():
+        with SparseAttention(model, plan) as sparse:
+            with watch:
+                prefill = head.prefill(tokens, use_cache=asks)
+            density = sparse.density()  # (layers, heads)
+            density[sorted(plan.dense_layers)] = np.nan
+            densities.append(density)
+            blocks.append(int(visible_blocks(len(tokens), len(tokens), block_size=plan.block_size).sum()))
+            accuracy.append(_answer(model, head, prefill, sample, tokenizer) if asks else np.nan)
+        hidden.append(prefill.hidden)
+        advance(1)
+    divergence = head.compare(dense.hidden, hidden, tokens)
+    return SampleResult(
+        kl=divergence.kl.cpu().numpy(),
+        loss=divergence.loss.double().sum(1).cpu().numpy(),
+        targets=np.array(divergence.loss.shape[1], dtype=np.int64),
+        density=np.stack(densities) if densities else np.zeros((0, 0, 0)),
+        blocks=np.array(blocks, dtype=np.float64),
+        accuracy=np.array(accuracy, dtype=np.float64),
+        seconds=np.array(watch.laps, dtype=np.float64),
+    )
+
+
+@torch.inference_mode()
+def _answer(model: Any, head: LogitHead, prefill: Any, sample: Sample, tokenizer: Any) -> float:
+    """Generate greedily after the prompt and score the text, in [0, 1]."""
+    stop = getattr(model.generation_config, "eos_token_id", None)
+    stops = set(stop) if isinstance(stop, list) else {stop}
+    generated: list[int] = []
+    logits, cache = head.logits(prefill.hidden[-1:])[0], prefill.cache
+    for _ in range(sample.max_new_tokens):
+        token = int(logits.argmax())
+        if token in stops:
+            break
+        generated.append(token)
+        output = model(input_ids=torch.tensor([[token]], device=logits.device), past_key_values=cache, use_cache=True)
+        logits, cache = output.logits[0, -1], output.past_key_values
+    return score(sample, tokenizer.decode(generated, skip_special_tokens=True))

@@ -1,0 +1,1 @@
+"""What xcalib knows about transformers models: loading, structure, the attention switch and the logit head."""

@@ -1,0 +1,124 @@
+"""Serve a model by a profile: ``apply_profile(model, profile)``.
+
+Light to import: torch and transformers come when it is called, and nothing of the search ever does.
+"""
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from xcalib.errors import ModelError
+
+if TYPE_CHECKING:
+    from xcalib.kernels.api import Backend
+    from xcalib.models.sparse import SparseAttention, SparsePlan
+    from xcalib.profile import Profile
+
+__all__ = ["Handle", "apply_profile", "check_fits", "sparse_plan"]
+
+_SHAPE = ("model_type", "layers", "query_heads", "kv_heads", "head_dim")
+
+
+def apply_profile(
+    model: Any, profile: "Profile", point: str | None = None, *, force: bool = False, backend: "Backend | None" = None
+) -> "Handle":
+    """Make a model prefill by a profile.
+
+    Plain causal prefill runs block sparse with the thresholds of its layer, heads and length; everything else
+    (decoding, padded batches, sliding windows, ...) runs as the model's own attention did before, and ``Handle.stats``
+    counts why. Call the model under ``torch.no_grad()`` or ``torch.inference_mode()``: the sparse kernels have no
+    gradients, so where some are wanted attention stays dense.
+
+    Args:
+        model: a transformers causal language model, the one that the profile was made for.
+        profile: from :func:`xcalib.load_profile`.
+        point: name of an operating point, default the profile's.
+        force: apply it although the model's config differs, as long as its shape does not.
+        backend: of the kernels, ``"reference"`` or ``"triton"``; None for the fastest that exists for the device.
+
+    Returns:
+        The handle; the model stays patched until its ``remove()`` is called.
+
+    Raises:
+        ModelError: the model is not the profile's, is patched already, or cannot be patched.
+        ProfileError: no such operating point.
+    """
+    from xcalib.models.sparse import SparseAttention
+
+    check_fits(model, profile, force=force)
+    chosen = profile.point(point)
+    return Handle(SparseAttention(model, sparse_plan(profile, chosen.name), backend=backend), profile, chosen.name)
+
+
+class Handle:
+    """A model under a profile: ``with apply_profile(model, profile): ...``, or ``remove()`` at the end.
+
+    Attributes:
+        profile: the profile.
+        point: name of the operating point in use.
+    """
+
+    def __init__(self, attention: "SparseAttention", profile: "Profile", point: str) -> None:
+        self.profile = profile
+        self.point = point
+        self._attention = attention
+
+    def use(self, point: str | None = None) -> None:
+        """Go on with another operating point, None for the profile's default; ProfileError if there is no such."""
+        chosen = self.profile.point(point)
+        self._attention.use(sparse_plan(self.profile, chosen.name))
+        self.point = chosen.name
+
+    def stats(self) -> dict[str, Any]:
+        """Calls and densities so far: see :meth:`xcalib.models.sparse.SparseAttention.stats`."""
+        return self._attention.stats()
+
+    def reset_stats(self) -> None:
+        """Forget all counts."""
+        self._attention.reset_stats()
+
+    def remove(self) -> None:
+        """Give the model its own attention back; the second time nothing happens."""
+        self._attention.remove()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def sparse_plan(profile: "Profile", point: str | None = None) -> "SparsePlan":
+    """What an operating point, None for the default one, tells the kernels; ProfileError if there is no such point."""
+    import torch
+
+    from xcalib.models.sparse import SparsePlan
+
+    return SparsePlan(
+        stride=profile.method.stride,
+        block_size=profile.method.block_size,
+        pattern=profile.method.pattern,
+        bins=tuple((length.min_length, length.max_length) for length in profile.length_bins),
+        thresholds=torch.tensor(profile.point(point).thresholds, dtype=torch.float32),
+        dense_layers=frozenset(profile.dense_layers),
+    )
+
+
+def check_fits(model: Any, profile: "Profile", *, force: bool = False) -> None:
+    """Raise ModelError unless the profile was made for this model: same shape and, without ``force``, same config."""
+    from xcalib.models.structure import describe_model
+
+    expected, actual = profile.model, describe_model(model)
+    for field in _SHAPE:
+        if getattr(expected, field) != getattr(actual, field):
+            raise ModelError(
+                f"the profile is for another model: {field} is {getattr(expected, field)!r} in the profile "
+                f"({expected.name}) and {getattr(actual, field)!r} in {actual.name}"
+            )
+    if expected.config_sha256 != actual.config_sha256 and not force:
+        raise ModelError(
+            f"the profile was made with another config than that of {actual.name}: config_sha256 is "
+            f"{expected.config_sha256[:12]}... in the profile and {actual.config_sha256[:12]}... here, so its "
+            "thresholds may not fit; force=True applies it all the same"
+        )

@@ -1,0 +1,43 @@
+"""Curves and targets to a profile. The package can be called: ``xcalib.search(model, data, target="density=0.25")``."""
+
+import sys
+import types
+from typing import Any
+
+# the submodule first: from here on xcalib.search.knapsack is the function
+from xcalib.search.knapsack import Choice, knapsack, knapsack_min_cost
+from xcalib.search.paper import PaperResult, paper_thresholds
+from xcalib.search.plan import Objective, Planned, SearchMethod, Tables, plan_point, uniform_thresholds
+from xcalib.search.profiles import DEFAULT_CALIBRATION, CalibrationData, add_evidence, build_profile, search
+from xcalib.search.targets import DEFAULT_TARGETS, Target, parse_target, parse_targets
+
+__all__ = [
+    "DEFAULT_CALIBRATION",
+    "DEFAULT_TARGETS",
+    "CalibrationData",
+    "Choice",
+    "Objective",
+    "PaperResult",
+    "Planned",
+    "SearchMethod",
+    "Tables",
+    "Target",
+    "add_evidence",
+    "build_profile",
+    "knapsack",
+    "knapsack_min_cost",
+    "paper_thresholds",
+    "parse_target",
+    "parse_targets",
+    "plan_point",
+    "search",
+    "uniform_thresholds",
+]
+
+
+class _Callable(types.ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return search(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
