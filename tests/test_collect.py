@@ -26,7 +26,7 @@ SETTINGS = CollectSettings(
     grid=(0.0, 0.4, 0.55, 0.65, 0.75, 0.85, 1.0),
     gain_samples=2,
     gain_density=0.6,
-    gain_every=4,
+    gain_every=5,
 )
 LENGTHS = (330, 448, 401)
 
@@ -278,7 +278,8 @@ def test_resume_of_a_finished_collection_measures_nothing(
         ({"gain_density": 1.0}, "expected numbers between 0 and 1"),
         ({"joint_densities": (0.3, 0.0)}, "expected numbers between 0 and 1"),
         ({"joint_densities": ()}, "joint_densities"),
-        ({"gain_every": 0}, "gain_every is 0, expected at least 1"),
+        ({"gain_every": 0}, "gain_every is 0, expected an odd number, at least 1"),
+        ({"gain_every": 8}, "gain_every is 8, expected an odd number, at least 1"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )

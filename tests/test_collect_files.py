@@ -24,7 +24,7 @@ from xcalib.models.loading import load_model
 
 Build = Callable[..., Any]
 
-SETTINGS = CollectSettings(block_size=64, grid=(0.0, 0.4, 0.6, 0.8, 1.0), gain_samples=2, gain_every=16)
+SETTINGS = CollectSettings(block_size=64, grid=(0.0, 0.4, 0.6, 0.8, 1.0), gain_samples=2, gain_every=15)
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +343,7 @@ def stopping(self, target):
 pathlib.Path.replace = stopping
 loaded = load_model(model)
 samples = load_samples(["builtin:prose"], loaded.tokenizer, num_samples=3, max_length=384)
-settings = CollectSettings(block_size=64, grid=(0.0, 0.4, 0.6, 0.8, 1.0), gain_samples=2, gain_every=16)
+settings = CollectSettings(block_size=64, grid=(0.0, 0.4, 0.6, 0.8, 1.0), gain_samples=2, gain_every=15)
 collect(loaded.model, samples, folder, settings=settings, name="tiny")
 """
 

@@ -23,7 +23,7 @@ pytestmark = [
 
 DENSITY = 0.6  # at 512 tokens and blocks of 64 the always-kept blocks are 0.42 already
 GRID = (0.0, 0.3, 0.5, 0.6, 0.7, 0.78, 0.84, 0.89, 0.93, 0.96, 0.98, 1.0)
-SETTINGS = CollectSettings(block_size=64, grid=GRID, gain_samples=1, gain_every=32, joint_densities=(DENSITY,))
+SETTINGS = CollectSettings(block_size=64, grid=GRID, gain_samples=1, gain_every=31, joint_densities=(DENSITY,))
 AMOUNT = CalibrationData(num_samples=2, heldout_samples=2, max_length=512)
 
 

@@ -155,7 +155,8 @@ def test_a_threshold_reaches_its_layer_and_head(tiny_model: Build, head: int, ta
     dense, sparse = (output.unflatten(-1, (9, 32)).transpose(1, 2) for output in outputs)  # (B, Hq, Q, D)
     assert torch.equal(sparse, by_hand)
     others = [other for other in range(9) if other != head]
-    torch.testing.assert_close(sparse[:, others], dense[:, others], atol=1e-5, rtol=1e-5)
+    # how far fp32 rounding goes depends on the processor (2e-5 was seen); a threshold moves outputs by 0.1
+    torch.testing.assert_close(sparse[:, others], dense[:, others], atol=1e-3, rtol=0)
     density = attention.density()
     if tau == 0:
         assert (sparse[:, head] - dense[:, head]).abs().max() > 0.1

@@ -41,7 +41,8 @@ class CollectSettings:
         gain_density: density at which a layer is switched to measure its gain.
         joint_densities: densities at which all layers are switched together, to measure how their losses combine; at the first
             on all samples, at the others on the gain samples.
-        gain_every: the KL of a gain is taken at every such position.
+        gain_every: KLs are taken at every such position; odd, so that every place within a block has its turn: the first queries
+            of a block, whose neighbours lie in another block, lose several times more than the last.
     """
 
     stride: int = 16
@@ -51,15 +52,16 @@ class CollectSettings:
     gain_samples: int = 2
     gain_density: float = 0.25
     joint_densities: tuple[float, ...] = (0.33, 0.45, 0.22)
-    gain_every: int = 8
+    gain_every: int = 7
 
     def __post_init__(self) -> None:
         grid = np.asarray(self.grid, dtype=np.float64)
         if len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or not (np.diff(grid) > 0).all():
             raise CurvesError(f"grid is {self.grid}, expected ascending thresholds from 0 to 1")
-        for name in ("gain_samples", "gain_every"):
-            if getattr(self, name) < 1:
-                raise CurvesError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.gain_samples < 1:
+            raise CurvesError(f"gain_samples is {self.gain_samples}, expected at least 1")
+        if self.gain_every < 1 or self.gain_every % 2 == 0:
+            raise CurvesError(f"gain_every is {self.gain_every}, expected an odd number, at least 1")
         if not self.joint_densities or not all(
             0 < density < 1 for density in (self.gain_density, *self.joint_densities)
         ):

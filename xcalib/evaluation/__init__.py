@@ -101,6 +101,7 @@ def evaluate_plans(
     plans: Mapping[str, SparsePlan],
     *,
     tokenizer: Any = None,
+    every: int = 1,
     units: Units | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -111,12 +112,19 @@ def evaluate_plans(
         data: samples.
         plans: name to thresholds.
         tokenizer: needed to score samples with answers.
+        every: KL and losses are taken at every such position; odd, so that every place within a block has its turn.
         units: where finished samples are kept, so that an interrupted evaluation goes on.
         progress: draws the work.
 
     Raises:
         ModelError: hidden states are not finite or the model's head is not supported.
+        DataError: ``every`` is even, or a sample is shorter.
     """
+    shortest = min(len(sample.tokens) for sample in data.samples)
+    if every < 1 or every % 2 == 0 or every > shortest:
+        raise DataError(
+            f"every is {every}, expected an odd number of at most {shortest}, the tokens of the shortest sample"
+        )
     head = LogitHead(model)
     results = []
     with progress(f"Evaluating {len(data.samples)} samples", len(data.samples) * (1 + len(plans))) as advance:
@@ -124,7 +132,7 @@ def evaluate_plans(
             unit = units.load(f"evaluated-{index:05d}") if units else None
             if unit is None:
                 try:
-                    result = _evaluate_sample(model, head, sample, plans, tokenizer, advance)
+                    result = _evaluate_sample(model, head, sample, plans, tokenizer, every, advance)
                 except ModelError as error:
                     raise ModelError(f"sample {index}: {error}") from error
                 if units:
@@ -137,12 +145,19 @@ def evaluate_plans(
 
 
 def _evaluate_sample(
-    model: Any, head: LogitHead, sample: Sample, plans: Mapping[str, SparsePlan], tokenizer: Any, advance: Any
+    model: Any,
+    head: LogitHead,
+    sample: Sample,
+    plans: Mapping[str, SparsePlan],
+    tokenizer: Any,
+    every: int,
+    advance: Any,
 ) -> SampleResult:
     device = next(model.parameters()).device
     tokens = torch.tensor(sample.tokens, device=device)
     asks = bool(sample.answers) and tokenizer is not None
     watch = Stopwatch(device)
+    compared = slice(every - 1, None, every)
     accuracy, hidden = [], []
     with watch:
         dense = head.prefill(tokens, use_cache=asks)
@@ -158,9 +173,9 @@ def _evaluate_sample(
             densities.append(density)
             blocks.append(int(visible_blocks(len(tokens), len(tokens), block_size=plan.block_size).sum()))
             accuracy.append(_answer(model, head, prefill, sample, tokenizer) if asks else np.nan)
-        hidden.append(prefill.hidden)
+        hidden.append(prefill.hidden[compared])
         advance(1)
-    divergence = head.compare(dense.hidden, hidden, tokens)
+    divergence = head.compare(dense.hidden[compared], hidden, tokens[1:][compared])
     return SampleResult(
         kl=divergence.kl.cpu().numpy(),
         loss=divergence.loss.double().sum(1).cpu().numpy(),

@@ -18,7 +18,7 @@ class SampleResult:
     """One sample, the dense model (first where it has a row) and each plan.
 
     Attributes:
-        kl: fp32 ``(plans, tokens)``, KL(dense || plan) in nats.
+        kl: fp32 ``(plans, positions)``, KL(dense || plan) in nats.
         loss: fp64 ``(1 + plans,)``, sum of next-token losses in nats.
         targets: how many tokens the losses are of.
         density: fp64 ``(plans, layers, heads)``, NaN for layers that the plan keeps dense.

@@ -88,15 +88,15 @@ class LogitHead:
         return self._compare(dense, variants, None)[0]
 
     @torch.inference_mode()
-    def compare(self, dense: torch.Tensor, variants: Sequence[torch.Tensor], tokens: torch.Tensor) -> Divergence:
-        """KL of each variant from the dense model at every position, and the next-token losses of all.
+    def compare(self, dense: torch.Tensor, variants: Sequence[torch.Tensor], targets: torch.Tensor) -> Divergence:
+        """KL of each variant from the dense model at the given positions, and the next-token losses of all.
 
         Args:
-            dense: hidden states ``(length, hidden)`` of the dense model.
+            dense: hidden states ``(n, hidden)`` of the dense model.
             variants: the same of each variant.
-            tokens: int64 ``(length,)``.
+            targets: the token that follows each position, int64 ``(n,)``, or ``(n - 1,)`` where nothing follows the last.
         """
-        kl, loss = self._compare(dense, variants, tokens[1:])
+        kl, loss = self._compare(dense, variants, targets)
         return Divergence(kl, loss)
 
     def _compare(
