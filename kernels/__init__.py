@@ -20,6 +20,7 @@ from xcalib.kernels.api import (
     xattention,
 )
 from xcalib.kernels.reference import SweepResult
+from xcalib.kernels.varlen import xattention_varlen
 
 __all__ = [
     "SweepResult",
@@ -30,4 +31,5 @@ __all__ = [
     "sweep_thresholds",
     "visible_blocks",
     "xattention",
+    "xattention_varlen",
 ]

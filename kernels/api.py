@@ -1,15 +1,44 @@
 """The public functions: they check their arguments, choose the backend and call it."""
 
 import math
-from typing import Literal
+from typing import Any
 
 import torch
 
 from xcalib.kernels import reference
-from xcalib.kernels.geometry import Geometry
+from xcalib.kernels.arguments import (
+    BLOCK_SIZES,
+    DTYPES,
+    HEAD_DIMS,
+    STRIDES,
+    Backend,
+    Pattern,
+    Policy,
+    Precision,
+    check_attention,
+    check_geometry,
+    check_grid,
+    check_mask,
+    check_method,
+    check_projection,
+    check_scores,
+    limits_of,
+    refuse_fp8,
+    scale_of,
+)
+from xcalib.kernels.backends import resolve
 from xcalib.kernels.reference import SweepResult
 
 __all__ = [
+    "BLOCK_SIZES",
+    "DTYPES",
+    "HEAD_DIMS",
+    "STRIDES",
+    "Backend",
+    "Pattern",
+    "Policy",
+    "Precision",
+    "attend",
     "block_density",
     "block_sparse_attention",
     "estimate_blocks",
@@ -18,15 +47,6 @@ __all__ = [
     "visible_blocks",
     "xattention",
 ]
-
-Backend = Literal["reference", "triton"]
-Pattern = Literal["antidiagonal", "diagonal", "random"]
-Policy = Literal["threshold", "top-k", "ratio"]
-
-STRIDES = (4, 8, 16, 32, 64)
-BLOCK_SIZES = (64, 128)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HEAD_DIMS = (32, 256)
 
 
 def estimate_blocks(
@@ -39,6 +59,7 @@ def estimate_blocks(
     scale: float | None = None,
     pattern: Pattern = "antidiagonal",
     seed: int = 0,
+    precision: Precision = "native",
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """How much attention each query block pays each key block, from strided samples (paper section 2.1).
@@ -56,7 +77,10 @@ def estimate_blocks(
         scale: factor of the dot product, default ``1 / sqrt(head_dim)``; the score divides it by ``stride`` as well.
         pattern: which query of a group meets which key: antidiagonal, diagonal or random (one permutation drawn from ``seed``).
         seed: of the random pattern.
-        backend: ``"reference"``, ``"triton"`` or None for the fastest that exists for the tensors' device.
+        precision: ``"native"``, or ``"fp8"``: both operands are rounded to e4m3 first, with one scale per sequence and head
+            (Triton only; on GPUs that have fp8).
+        backend: ``"reference"``, ``"triton"`` or None: Triton on CUDA, the reference elsewhere, unless the environment variable
+            ``XCALIB_BACKEND`` names one; see :mod:`xcalib.kernels.backends`.
 
     Returns:
         fp32 ``(batch, q_heads, q_blocks, k_blocks)``; each row sums to 1 over its visible blocks and is 0 elsewhere.
@@ -64,19 +88,22 @@ def estimate_blocks(
     Raises:
         ValueError: an argument is not as above; the message names it, its value and what is allowed.
     """
-    geometry = _check_attention(query, key, None, block_size, causal)
-    _check_method(stride, pattern)
-    _check_backend(backend)
-    return reference.estimate_blocks(
-        query,
-        key,
-        stride=stride,
-        block_size=block_size,
-        causal=geometry.causal,
-        scale=_scale(scale, query),
-        pattern=pattern,
-        seed=seed,
-    )
+    geometry = check_attention(query, key, None, block_size, causal)
+    check_method(stride, pattern, precision)
+    settings: dict[str, Any] = {
+        "stride": stride,
+        "block_size": block_size,
+        "causal": geometry.causal,
+        "scale": scale_of(scale, query),
+        "pattern": pattern,
+        "seed": seed,
+    }
+    if resolve(backend, query, key) == "triton":
+        from xcalib.kernels import scoring
+
+        return scoring.estimate_blocks(query, key, precision=precision, **settings)
+    refuse_fp8(precision)
+    return reference.estimate_blocks(query, key, **settings)
 
 
 def select_blocks(
@@ -113,14 +140,17 @@ def select_blocks(
     Raises:
         ValueError: an argument is not as above, or scores are NaN.
     """
-    _check_backend(backend)
-    geometry = _check_geometry(q_len, k_len, block_size, causal)
-    _check_scores(scores, geometry)
+    geometry = check_geometry(q_len, k_len, block_size, causal)
+    check_scores(scores, geometry)
     if policy not in ("threshold", "top-k", "ratio"):
         raise ValueError(f"policy is {policy!r}, allowed are 'threshold', 'top-k' and 'ratio'")
-    limits = _thresholds(threshold, scores.shape[1], upper=math.inf if policy == "top-k" else 1.0)
+    limits = limits_of(threshold, scores.shape[1], upper=math.inf if policy == "top-k" else 1.0)
     if policy == "top-k" and not torch.equal(limits, limits.round()):
         raise ValueError(f"threshold is {limits.tolist()}, expected whole numbers of blocks for policy 'top-k'")
+    if resolve(backend, scores) == "triton":
+        from xcalib.kernels import selection
+
+        return selection.mask_from_lists(selection.select_blocks(scores, limits, geometry, policy), geometry)
     return reference.select_blocks(scores, limits, geometry, policy)
 
 
@@ -153,10 +183,14 @@ def block_sparse_attention(
     Raises:
         ValueError: an argument is not as above.
     """
-    geometry = _check_attention(query, key, value, block_size, causal)
-    _check_backend(backend)
-    _check_mask(mask, geometry, tuple(query.shape[:2]))
-    return reference.block_sparse_attention(query, key, value, mask, geometry, _scale(scale, query))
+    geometry = check_attention(query, key, value, block_size, causal)
+    check_mask(mask, geometry, tuple(query.shape[:2]))
+    if resolve(backend, query, key, value) == "triton":
+        from xcalib.kernels import attention, selection
+
+        lists = selection.lists_from_mask(mask, geometry)
+        return attention.block_sparse_attention(query, key, value, lists, geometry, scale_of(scale, query))
+    return reference.block_sparse_attention(query, key, value, mask, geometry, scale_of(scale, query))
 
 
 def xattention(
@@ -170,6 +204,7 @@ def xattention(
     causal: bool = True,
     scale: float | None = None,
     pattern: Pattern = "antidiagonal",
+    precision: Precision = "native",
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """Score, select and attend: XAttention (arXiv 2503.16428) of one layer.
@@ -184,6 +219,7 @@ def xattention(
         causal: whether a query sees only keys up to its own position.
         scale: factor of the dot product, default ``1 / sqrt(head_dim)``.
         pattern: as in :func:`estimate_blocks`.
+        precision: of the scores, as in :func:`estimate_blocks`.
         backend: as in :func:`estimate_blocks`.
 
     Returns:
@@ -192,28 +228,79 @@ def xattention(
     Raises:
         ValueError: an argument is not as above.
     """
-    scores = estimate_blocks(
+    limits = limits_of(threshold, query.shape[1], upper=1.0)
+    output, _ = attend(
         query,
         key,
+        value,
+        limits,
         stride=stride,
         block_size=block_size,
         causal=causal,
         scale=scale,
         pattern=pattern,
+        precision=precision,
         backend=backend,
     )
-    mask = select_blocks(
-        scores,
-        threshold,
-        q_len=query.shape[2],
-        k_len=key.shape[2],
+    return output
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    thresholds: torch.Tensor,
+    *,
+    stride: int = 16,
+    block_size: int = 128,
+    causal: bool = True,
+    scale: float | None = None,
+    pattern: Pattern = "antidiagonal",
+    precision: Precision = "native",
+    backend: Backend | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`xattention` for callers that run it often: thresholds were checked before, and the blocks kept are counted.
+
+    Args:
+        query: as in :func:`estimate_blocks`.
+        key: as in :func:`estimate_blocks`.
+        value: like ``key``.
+        thresholds: fp32 ``(q_heads,)`` in [0, 1], which is not checked: reading values of a GPU makes the host wait.
+        stride: tokens per group (S).
+        block_size: tokens per block (B).
+        causal: whether a query sees only keys up to its own position.
+        scale: factor of the dot product, default ``1 / sqrt(head_dim)``.
+        pattern: as in :func:`estimate_blocks`.
+        precision: as in :func:`estimate_blocks`.
+        backend: as in :func:`estimate_blocks`.
+
+    Returns:
+        (output like ``query``, blocks kept, int64 ``(batch, q_heads)``, on the same device).
+
+    Raises:
+        ValueError: a shape, dtype or setting is not as above.
+    """
+    geometry = check_attention(query, key, value, block_size, causal)
+    check_method(stride, pattern, precision)
+    factor = scale_of(scale, query)
+    if resolve(backend, query, key, value) == "triton":
+        from xcalib.kernels import pipeline
+
+        settings: dict[str, Any] = {"stride": stride, "scale": factor, "pattern": pattern, "precision": precision}
+        return pipeline.attend(query, key, value, thresholds, geometry, **settings)
+    refuse_fp8(precision)
+    scores = reference.estimate_blocks(
+        query,
+        key,
+        stride=stride,
         block_size=block_size,
-        causal=causal,
-        backend=backend,
+        causal=geometry.causal,
+        scale=factor,
+        pattern=pattern,
+        seed=0,
     )
-    return block_sparse_attention(
-        query, key, value, mask, block_size=block_size, causal=causal, scale=scale, backend=backend
-    )
+    mask = reference.select_blocks(scores, thresholds, geometry, "threshold")
+    return reference.block_sparse_attention(query, key, value, mask, geometry, factor), mask.sum(dim=(-2, -1))
 
 
 def sweep_thresholds(
@@ -251,10 +338,10 @@ def sweep_thresholds(
     Raises:
         ValueError: an argument is not as above, is not finite, or gives logits more than 700 apart in one row.
     """
-    geometry = _check_attention(query, key, value, block_size, causal)
-    _check_method(stride, pattern)
-    _check_grid(grid)
-    _check_projection(projection, query)
+    geometry = check_attention(query, key, value, block_size, causal)
+    check_method(stride, pattern, "native")
+    check_grid(grid)
+    check_projection(projection, query)
     for name, tensor in (("query", query), ("key", key), ("value", value), ("projection", projection)):
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinite numbers, expected finite ones")
@@ -268,9 +355,13 @@ def sweep_thresholds(
         pattern=pattern,
         backend=backend,
     )
-    result = reference.sweep_thresholds(
-        query, key, value, scores, grid.to(query.device), projection, geometry, _scale(scale, query)
-    )
+    arguments = (query, key, value, scores, grid.to(query.device), projection, geometry, scale_of(scale, query))
+    if resolve(backend, query, key, value) == "triton":
+        from xcalib.kernels import sweep
+
+        result = sweep.sweep_thresholds(*arguments)
+    else:
+        result = reference.sweep_thresholds(*arguments)
     if not bool(result.error.isfinite().all()):
         raise ValueError("query and key give attention logits that overflow or lie more than 700 apart in one row")
     return result
@@ -284,7 +375,7 @@ def visible_blocks(
     Raises:
         ValueError: a length or the block size is not allowed.
     """
-    return _check_geometry(q_len, k_len, block_size, causal).visible(device)
+    return check_geometry(q_len, k_len, block_size, causal).visible(device)
 
 
 def block_density(
@@ -301,137 +392,7 @@ def block_density(
     Raises:
         ValueError: the mask, a length or the block size is not allowed.
     """
-    geometry = _check_geometry(q_len, k_len, block_size, causal)
-    _check_mask(mask, geometry)
+    geometry = check_geometry(q_len, k_len, block_size, causal)
+    check_mask(mask, geometry)
     kept = (mask & geometry.visible(mask.device)).sum(dim=(-2, -1))
     return kept.float() / geometry.visible_count
-
-
-def _scale(scale: float | None, query: torch.Tensor) -> float:
-    if scale is None:
-        return float(query.shape[-1] ** -0.5)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}, expected a finite number or None")
-    return float(scale)
-
-
-def _check_backend(backend: str | None) -> None:
-    if backend == "triton":
-        raise ValueError(
-            "backend is 'triton', but this version carries the reference kernels only: use None or 'reference'"
-        )
-    if backend not in (None, "reference"):
-        raise ValueError(f"backend is {backend!r}, allowed are None, 'reference' and 'triton'")
-
-
-def _check_geometry(q_len: int, k_len: int, block_size: int, causal: bool) -> Geometry:
-    _check_block_size(block_size)
-    _check_lengths(q_len, k_len)
-    return Geometry(q_len, k_len, block_size, bool(causal))
-
-
-def _check_mask(mask: torch.Tensor, geometry: Geometry, heads: tuple[int, ...] | None = None) -> None:
-    blocks = (geometry.q_blocks, geometry.k_blocks)
-    batch = ", ".join(str(size) for size in heads) if heads else "batch, q_heads"
-    fits = mask.ndim == 4 and mask.shape[2:] == blocks and heads in (None, tuple(mask.shape[:2]))
-    if mask.dtype != torch.bool or not fits:
-        raise ValueError(
-            f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool ({batch}, {blocks[0]}, {blocks[1]})"
-        )
-
-
-def _check_block_size(block_size: int) -> None:
-    if block_size not in BLOCK_SIZES or not isinstance(block_size, int):
-        raise ValueError(f"block_size is {block_size!r}, allowed are {BLOCK_SIZES}")
-
-
-def _check_lengths(q_len: int, k_len: int) -> None:
-    if q_len < 1:
-        raise ValueError(f"q_len is {q_len}, expected at least 1")
-    if q_len > k_len:
-        raise ValueError(
-            f"q_len is {q_len} and k_len {k_len}, expected q_len <= k_len: the queries are the last keys' positions"
-        )
-
-
-def _check_method(stride: int, pattern: str) -> None:
-    if stride not in STRIDES or not isinstance(stride, int):
-        raise ValueError(f"stride is {stride!r}, allowed are {STRIDES}")
-    if pattern not in ("antidiagonal", "diagonal", "random"):
-        raise ValueError(f"pattern is {pattern!r}, allowed are 'antidiagonal', 'diagonal' and 'random'")
-
-
-def _check_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, block_size: int, causal: bool
-) -> Geometry:
-    tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
-    for name, tensor in tensors.items():
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} has {tensor.ndim} dimensions, expected (batch, heads, seq, head_dim)")
-        if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}, allowed are {', '.join(str(dtype) for dtype in DTYPES)}"
-            )
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, expected {query.dtype} on {query.device} like query"
-            )
-    _check_shapes(query, key, value)
-    return _check_geometry(query.shape[2], key.shape[2], block_size, causal)
-
-
-def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None) -> None:
-    batch, q_heads, q_len, head_dim = query.shape
-    if key.shape[0] != batch or key.shape[3] != head_dim:
-        raise ValueError(f"key has shape {tuple(key.shape)}, expected batch {batch} and head_dim {head_dim} like query")
-    if value is not None and value.shape != key.shape:
-        raise ValueError(f"value has shape {tuple(value.shape)}, expected {tuple(key.shape)} like key")
-    if batch < 1 or key.shape[1] < 1 or q_heads < 1 or q_heads % key.shape[1]:
-        raise ValueError(
-            f"query has {q_heads} heads and key {key.shape[1]}: expected key heads that divide the query heads"
-        )
-    if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
-        raise ValueError(f"query has head_dim {head_dim}, allowed are {HEAD_DIMS[0]} to {HEAD_DIMS[1]}")
-    _check_lengths(q_len, key.shape[2])
-
-
-def _check_scores(scores: torch.Tensor, geometry: Geometry) -> None:
-    blocks = (geometry.q_blocks, geometry.k_blocks)
-    if scores.dtype != torch.float32 or scores.ndim != 4 or scores.shape[2:] != blocks:
-        raise ValueError(
-            f"scores is {scores.dtype} {tuple(scores.shape)}, expected torch.float32 (batch, q_heads, {blocks[0]}, {blocks[1]})"
-        )
-    if not bool(scores.isfinite().all()):
-        kind = "NaN" if bool(scores.isnan().any()) else "inf"
-        raise ValueError(f"scores holds {kind}, expected finite probabilities")
-
-
-def _check_projection(projection: torch.Tensor, query: torch.Tensor) -> None:
-    heads, head_dim = query.shape[1], query.shape[3]
-    if projection.ndim != 3 or projection.shape[:2] != (heads, head_dim) or not projection.shape[2]:
-        raise ValueError(
-            f"projection has shape {tuple(projection.shape)}, expected ({heads}, {head_dim}, R): "
-            "one (head_dim, R) matrix per query head, R at least 1"
-        )
-    if projection.dtype != torch.float32 or projection.device != query.device:
-        raise ValueError(
-            f"projection is {projection.dtype} on {projection.device}, expected torch.float32 on {query.device}"
-        )
-
-
-def _check_grid(grid: torch.Tensor) -> None:
-    if grid.ndim != 1 or len(grid) < 2 or grid[0] != 0 or grid[-1] != 1 or not bool((grid.diff() > 0).all()):
-        raise ValueError(f"grid is {grid.tolist()}, expected ascending thresholds from 0 to 1")
-
-
-def _thresholds(threshold: float | torch.Tensor, q_heads: int, upper: float) -> torch.Tensor:
-    values = torch.as_tensor(threshold, dtype=torch.float32)
-    if values.ndim == 0:
-        values = values.expand(q_heads)
-    if values.shape != (q_heads,):
-        raise ValueError(
-            f"threshold has shape {tuple(values.shape)}, expected one value or ({q_heads},), one per query head"
-        )
-    if not bool(((values >= 0) & (values <= upper)).all()):
-        raise ValueError(f"threshold is {values.tolist()}, expected values in [0, {upper:g}]")
-    return values

@@ -1,8 +1,8 @@
 """The plain-torch truth that every faster backend is compared with.
 
-All arithmetic is fp32 (cumulative probabilities fp64). Work goes by rows of query blocks, so memory is O(k_len) per head
-beyond the block scores; neither the (q_len x k_len) nor the (q_len/S x k_len/S) matrix ever exists. Arguments were
-validated by :mod:`xcalib.kernels.api`.
+All arithmetic is fp32 (cumulative probabilities int64 fixed point). Work goes by rows of query blocks, so memory is
+O(k_len) per head beyond the block scores; neither the (q_len x k_len) nor the (q_len/S x k_len/S) matrix ever exists.
+Arguments were validated by :mod:`xcalib.kernels.api`.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,12 @@ __all__ = [
     "sweep_thresholds",
 ]
 
-# The cut-off of a block that no threshold may drop; real cut-offs are cumulative probabilities, so >= 0.
-ALWAYS = -1.0
-NEVER = float("inf")
+# Cumulative probabilities are exact, whatever the order of summation: int64 multiples of 2^-52, each fp32 score truncated.
+ONE = 2**52
+
+# The cut-off of a block that no threshold may drop, and of one that no threshold reaches; real cut-offs are sums, so >= 0.
+ALWAYS = -1
+NEVER = torch.iinfo(torch.int64).max
 
 # Most attention weights of a trained model are subnormal in fp32, and arithmetic on subnormal numbers is some ten times slower
 # on CPUs: weights this far below the row's peak are zero, and errors are scaled up before they are squared.
@@ -86,40 +89,46 @@ def estimate_blocks(
     return scores
 
 
-def _ranking(scores: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _ranking(scores: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
     """Order of preference in each row: always kept first, then by score, ties by the lower block index, invisible last.
 
     Returns:
-        (order, sorted scores with invisible ones 0, fp64; always-kept flags), the first two like ``scores``.
+        (int64 order like ``scores``, bool always-kept flags ``(q_blocks, k_blocks)``).
     """
     visible = geometry.visible(scores.device)
     forced = geometry.always_kept(scores.device) & visible
     preference = scores.masked_fill(~visible, -torch.inf).masked_fill(forced, torch.inf)
-    order = preference.argsort(dim=-1, descending=True, stable=True)
-    ranked = scores.masked_fill(~visible, 0.0).gather(-1, order).double()
-    return order, ranked, forced
+    return preference.argsort(dim=-1, descending=True, stable=True), forced
 
 
 def cut_offs(scores: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """The tau above which each block is kept: the probability of everything preferred to it.
+    """The limit above which each block is kept: the probability of everything preferred to it, in units of ``1 / ONE``.
 
     Returns:
-        fp64 like ``scores``: ALWAYS for the sink and own blocks, NEVER for invisible ones; a block is kept at ``tau`` when
-        its cut-off is below ``tau``, and every visible block at ``tau >= 1``.
+        int64 like ``scores``: ALWAYS for the sink and own blocks, NEVER for invisible ones; a block is kept at a threshold
+        when its cut-off is below :func:`_fixed_limits` of that threshold. Rows must sum to less than 2,048.
     """
-    order, ranked, forced = _ranking(scores, geometry)
-    before = ranked.cumsum(-1) - ranked
-    cut_off = torch.empty_like(before).scatter_(-1, order, before)
-    return cut_off.masked_fill_(forced, ALWAYS).masked_fill_(~geometry.visible(scores.device), NEVER)
+    order, forced = _ranking(scores, geometry)
+    visible = geometry.visible(scores.device)
+    fixed = (scores.masked_fill(~visible, 0.0).double() * ONE).long()  # the product is exact, .long() truncates
+    ranked = fixed.gather(-1, order)
+    before = ranked.cumsum_(-1).sub_(fixed.gather(-1, order))
+    return fixed.scatter_(-1, order, before).masked_fill_(forced, ALWAYS).masked_fill_(~visible, NEVER)
+
+
+def _fixed_limits(threshold: torch.Tensor) -> torch.Tensor:
+    """Thresholds, taken as fp32, in the units of :func:`cut_offs`: int64 of the same shape, NEVER where they are 1 or more."""
+    tau = threshold.float().double()
+    return (tau * ONE).ceil().long().masked_fill_(tau >= 1, NEVER)
 
 
 def select_blocks(scores: torch.Tensor, threshold: torch.Tensor, geometry: Geometry, policy: str) -> torch.Tensor:
     """See :func:`xcalib.kernels.select_blocks`; ``threshold`` is fp32 ``(q_heads,)``."""
     limit = threshold.to(scores.device)[:, None, None]  # (Hq, 1, 1)
-    visible = geometry.visible(scores.device)
     if policy == "threshold":
-        return ((cut_offs(scores, geometry) < limit) | (limit >= 1)) & visible
-    order, _, forced = _ranking(scores, geometry)
+        return cut_offs(scores, geometry) < _fixed_limits(limit)
+    order, forced = _ranking(scores, geometry)
+    visible = geometry.visible(scores.device)
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )
@@ -196,9 +205,8 @@ def sweep_thresholds(
     k_heads, group, size = key.shape[1], q_heads // key.shape[1], geometry.block_size
     levels = len(grid)
     cut_off = cut_offs(scores, geometry)
-    # A block's level is the first whose tau (fp32, as in select_blocks) exceeds its cut-off; rounding may push a cut-off to 1,
-    # where everything is kept.
-    level = torch.searchsorted(grid.float().double(), cut_off, right=True).clamp_(max=levels - 1)
+    # A block's level is the first whose limit exceeds its cut-off; invisible blocks, which nothing reads, are clamped.
+    level = torch.searchsorted(_fixed_limits(grid), cut_off, right=True).clamp_(max=levels - 1)
     padding = (0, 0, 0, geometry.k_blocks * size - geometry.k_len)
     keys = functional.pad(key.float(), padding).unflatten(2, (-1, size))  # (B, Hkv, nk, Bk, D)
     grouped_value = value.float().unsqueeze(2)  # (B, Hkv, 1, k_len, D)

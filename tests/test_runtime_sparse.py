@@ -285,3 +285,14 @@ def test_unfit_plans_are_refused_and_leave_the_model_alone(tiny_model: Build) ->
 def test_malformed_plans(bins: Any, thresholds: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparsePlan(16, 64, "antidiagonal", bins, thresholds)
+
+
+def test_below_the_crossover_prefill_stays_dense(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    monkeypatch.setattr("xcalib.models.sparse.crossover", lambda device: 200)
+    reason = "shorter than 200 tokens, where dense attention is faster"
+    for least, length, expected in ((None, 199, {reason: 2}), (None, 200, {}), (0, 199, {}), (200, 199, {reason: 2})):
+        plan = make_plan(model, torch.tensor(0.5))
+        with torch.no_grad(), SparseAttention(model, plan, min_length=least) as attention:
+            model(tokens(length))
+            assert attention.stats()["dense_reasons"] == expected, (least, length)

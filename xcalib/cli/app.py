@@ -10,6 +10,7 @@ from rich.console import Console
 
 import xcalib
 from xcalib.cli import options as opt
+from xcalib.cli.bench import bench
 from xcalib.cli.demo import run_demo
 from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
 from xcalib.cli.show import render_profile
@@ -30,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+app.command(epilog="Example: `xcalib bench --suite hopper --out bench.json --png bench.png`")(bench)
 
 FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]
 

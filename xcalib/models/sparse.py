@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from xcalib.errors import ModelError
-from xcalib.kernels import block_sparse_attention, estimate_blocks, select_blocks
-from xcalib.kernels.api import Backend, Pattern
+from xcalib.kernels.api import Backend, Pattern, attend
 from xcalib.kernels.geometry import Geometry
+from xcalib.kernels.tuning import crossover
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.structure import describe_model
 
@@ -95,13 +95,16 @@ class SparseAttention:
 
     _all_ones_is_dense = True  # tests switch it off to send threshold 1 through the sparse kernels
 
-    def __init__(self, model: nn.Module, plan: SparsePlan, *, backend: Backend | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, plan: SparsePlan, *, backend: Backend | None = None, min_length: int | None = 0
+    ) -> None:
         """Patch ``model``.
 
         Args:
             model: a transformers decoder.
             plan: for its layers and query heads.
             backend: of the kernels, None for the fastest that exists for the tensors' device.
+            min_length: keys below which prefill stays dense; None: where dense attention is faster on the GPU at hand.
 
         Raises:
             ModelError: the plan is for other layers or heads, or the model cannot be patched.
@@ -109,6 +112,7 @@ class SparseAttention:
         identity = describe_model(model)
         self._shape = (identity.layers, identity.query_heads)
         self._backend = backend
+        self._min_length = min_length
         self.reset_stats()
         self._patch = patch_attention(model, self._compute)
         try:
@@ -206,8 +210,8 @@ class SparseAttention:
             counts.kept_dense += visible
             self._reasons[str(reason)] = self._reasons.get(str(reason), 0) + 1
             return None
-        output, mask = self._attend(call, self._thresholds(call.query.device)[bin_index, call.layer])
-        kept = mask.sum(dim=(0, 2, 3))  # (Hq,)
+        output, kept_blocks = self._attend(call, self._thresholds(call.query.device)[bin_index, call.layer])
+        kept = kept_blocks.sum(0)  # (Hq,)
         counts.kept_sparse = kept if counts.kept_sparse is None else counts.kept_sparse.to(kept.device) + kept
         counts.sparse_calls += 1
         self._extrapolated += self._plan.is_beyond(k_len)
@@ -219,6 +223,9 @@ class SparseAttention:
             return call.dense_reason
         if bin_index is None:
             return f"shorter than {plan.bins[0][0]} tokens"
+        least = crossover(call.query.device) if self._min_length is None else self._min_length
+        if call.key.shape[2] < least:
+            return f"shorter than {least} tokens, where dense attention is faster"
         reasons = {
             "layer kept dense by the profile": call.layer in plan.dense_layers,
             # A short chunk after a long past: its own blocks and the sink are most of what could be saved.
@@ -234,29 +241,19 @@ class SparseAttention:
         return self._on_device[device]
 
     def _attend(self, call: AttentionCall, thresholds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output ``(batch, q_heads, q_len, head_dim)`` and the blocks that were kept for it."""
-        plan, backend = self._plan, self._backend
-        scores = estimate_blocks(
+        """The output ``(batch, q_heads, q_len, head_dim)`` and how many blocks were kept for it, ``(batch, q_heads)``."""
+        plan = self._plan
+        return attend(
             call.query,
             call.key,
+            call.value,
+            thresholds,
             stride=plan.stride,
             block_size=plan.block_size,
             scale=call.scale,
             pattern=plan.pattern,
-            backend=backend,
+            backend=self._backend,
         )
-        mask = select_blocks(
-            scores,
-            thresholds,
-            q_len=call.query.shape[2],
-            k_len=call.key.shape[2],
-            block_size=plan.block_size,
-            backend=backend,
-        )
-        output = block_sparse_attention(
-            call.query, call.key, call.value, mask, block_size=plan.block_size, scale=call.scale, backend=backend
-        )
-        return output, mask
 
 
 @lru_cache(maxsize=4096)

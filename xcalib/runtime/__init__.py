@@ -19,7 +19,13 @@ _SHAPE = ("model_type", "layers", "query_heads", "kv_heads", "head_dim")
 
 
 def apply_profile(
-    model: Any, profile: "Profile", point: str | None = None, *, force: bool = False, backend: "Backend | None" = None
+    model: Any,
+    profile: "Profile",
+    point: str | None = None,
+    *,
+    force: bool = False,
+    backend: "Backend | None" = None,
+    min_length: int | None = None,
 ) -> "Handle":
     """Make a model prefill by a profile.
 
@@ -34,6 +40,8 @@ def apply_profile(
         point: name of an operating point, default the profile's.
         force: apply it although the model's config differs, as long as its shape does not.
         backend: of the kernels, ``"reference"`` or ``"triton"``; None for the fastest that exists for the device.
+        min_length: keys, in tokens, below which prefill stays dense; None for those with which dense attention was measured
+            to be faster on the GPU at hand (on the CPU, where nothing is faster, 0).
 
     Returns:
         The handle; the model stays patched until its ``remove()`` is called.
@@ -46,7 +54,9 @@ def apply_profile(
 
     check_fits(model, profile, force=force)
     chosen = profile.point(point)
-    return Handle(SparseAttention(model, sparse_plan(profile, chosen.name), backend=backend), profile, chosen.name)
+    plan = sparse_plan(profile, chosen.name)
+    attention = SparseAttention(model, plan, backend=backend, min_length=min_length)
+    return Handle(attention, profile, chosen.name)
 
 
 class Handle:

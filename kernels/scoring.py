@@ -1,0 +1,513 @@
+"""Scoring in Triton: the strided GEMM of XAttention, reduced on chip to one log-sum-exp per row group and key block.
+
+Row ``i`` of the left operand is query group ``i``, column ``j`` of the right one key group ``j``; the inner dimension runs over
+the S tokens of a group and their features: token ``s`` of a key group meets query ``order[s]`` of the row group. Both are read
+in place, by TMA as blocks (1, 1, 1, groups, features) of a view (batch, heads, S, length // S, head_dim) of the tokens' own
+memory, or through pointers.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from xcalib.kernels.geometry import Geometry
+from xcalib.kernels.reference import _strided_order
+from xcalib.kernels.selection import average_lse
+from xcalib.kernels.tuning import Config, choose, family, interpreted
+
+__all__ = ["block_lse", "estimate_blocks", "scoring_chunk"]
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+MIN_ROWS_PER_HEAD = 8  # of a tile that several heads share
+
+
+def _candidate(rows: int, columns: int, features: int, warps: int, stages: int) -> Config:
+    tiles = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_D": features, "GROUP_M": 16}
+    return Config(warps, stages, tiles)
+
+
+CANDIDATES = (
+    _candidate(64, 64, 128, 8, 3),
+    _candidate(128, 256, 64, 8, 4),
+    _candidate(128, 256, 64, 8, 3),
+    _candidate(128, 256, 128, 8, 3),
+    _candidate(256, 128, 64, 8, 3),
+    _candidate(128, 128, 64, 8, 3),
+    _candidate(128, 128, 64, 4, 3),
+    _candidate(128, 128, 32, 4, 4),
+    _candidate(64, 64, 16, 8, 2),
+)
+
+
+def estimate_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    stride: int,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    pattern: str,
+    seed: int,
+    precision: str = "native",
+) -> torch.Tensor:
+    """See :func:`xcalib.kernels.estimate_blocks`; ``precision`` as in :func:`block_lse`."""
+    geometry = Geometry(query.shape[2], key.shape[2], block_size, causal)
+    lse = block_lse(
+        query,
+        key,
+        stride=stride,
+        block_size=block_size,
+        causal=causal,
+        scale=scale,
+        pattern=pattern,
+        seed=seed,
+        precision=precision,
+    )
+    return average_lse(lse, geometry, stride)
+
+
+def scoring_chunk(q_heads: int, k_heads: int, q_groups: int, k_blocks: int, limit_bytes: int) -> int:
+    """How many key heads, at least 1, :func:`block_lse` can take at once for an output of ``limit_bytes`` per sequence."""
+    bytes_per_head = 4 * (q_heads // k_heads) * q_groups * k_blocks
+    return max(1, min(k_heads, limit_bytes // bytes_per_head))
+
+
+def block_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    stride: int,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    pattern: str = "antidiagonal",
+    seed: int = 0,
+    precision: str = "native",
+    k_heads: slice = slice(None),
+) -> torch.Tensor:
+    """How strongly each row group looks at each key block: the sum of ``2 ** (logit * log2(e))``, as its logarithm to base 2.
+
+    Args:
+        query: fp32, fp16 or bf16 ``(batch, q_heads, q_len, head_dim)``, any strides but the last, which is 1.
+        key: same dtype, ``(batch, k_heads, k_len, head_dim)``.
+        stride: tokens per group (S).
+        block_size: tokens per block (B), a multiple of S.
+        causal: whether a query sees only keys up to its own position.
+        scale: factor of the dot product; the logit divides it by S as well.
+        pattern: which query of a group meets which key: antidiagonal, diagonal or random (one permutation drawn from ``seed``).
+        seed: of the random pattern.
+        precision: ``"native"``, or ``"fp8"``: both operands are copied to e4m3, one scale per sequence and head.
+        k_heads: the key heads to score; their query heads come along.
+
+    Returns:
+        fp32 ``(batch, q_heads of k_heads, ceil(q_len / S), k_blocks)``. -inf where a row group sees nothing of a key block, or
+        2^-126 of its most in the same tile. Not written where causality hides the key block from the whole query block: only
+        the first ``geometry.visible_k_blocks(i * S // B)`` of row ``i`` may be read.
+
+    Source: arXiv 2503.16428, section 2.1.
+    """
+    group = query.shape[1] // key.shape[1]
+    first, last, _ = k_heads.indices(key.shape[1])
+    query, key = query[:, first * group : last * group], key[:, first:last]
+    q_scale = k_scale = None
+    if precision == "fp8":
+        query, q_scale = _quantise(query)
+        key, k_scale = _quantise(key)
+    geometry = Geometry(query.shape[2], key.shape[2], block_size, causal)
+    shape = (*query.shape[:2], -(-geometry.q_len // stride), geometry.k_blocks)
+    lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+    order = _strided_order(pattern, stride, seed, query.device).int() if pattern == "random" else None
+
+    def launch(config: Config) -> None:
+        arguments = _arguments(query, key, geometry, stride, config)
+        _score_kernel[_grid(query, key, geometry, stride, config, arguments["PACK"])](
+            query,
+            key,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            order_ptr=order,
+            q_scale_ptr=q_scale,
+            k_scale_ptr=k_scale,
+            lse_ptr=lse,
+            q_len=geometry.q_len,
+            k_len=geometry.k_len,
+            k_heads=key.shape[1],
+            factor=scale / stride * math.log2(math.e),
+            PATTERN=pattern,
+            **arguments,
+        )
+
+    launch(_config(query, stride, block_size // stride, launch))
+    return lse
+
+
+def _config(query: torch.Tensor, stride: int, per_block: int, launch: Callable[[Config], None]) -> Config:
+    def measure(config: Config) -> float:
+        return float(triton.testing.do_bench(lambda: launch(config), return_mode="median"))
+
+    traits = {
+        "dtype": str(query.dtype).removeprefix("torch."),
+        "head_dim": query.shape[3],
+        "stride": stride,
+        "per_block": per_block,
+    }
+    return choose("scoring", traits, CANDIDATES, query.device, None if interpreted() else measure)
+
+
+def _grid(
+    query: torch.Tensor, key: torch.Tensor, geometry: Geometry, stride: int, config: Config, pack: int
+) -> tuple[int]:
+    rows = config.tiles["BLOCK_M"] // pack
+    tiles_m = triton.cdiv(geometry.q_len, rows * stride)
+    tiles_n = triton.cdiv(geometry.k_len, config.tiles["BLOCK_N"] * stride)
+    return (query.shape[0] * query.shape[1] // pack * tiles_m * tiles_n,)
+
+
+def _arguments(
+    query: torch.Tensor, key: torch.Tensor, geometry: Geometry, stride: int, config: Config
+) -> dict[str, Any]:
+    """Tile sizes, what depends on them, and the descriptors where the tensors and the GPU allow TMA."""
+    block_m, group = config.tiles["BLOCK_M"], query.shape[1] // key.shape[1]
+    chunk = _feature_chunk(query.shape[3], config.tiles["BLOCK_D"])
+    pack = _pack(group, -(-geometry.q_len // stride), block_m)
+    q_tma = pack == 1 and _fits_tma(query, stride)
+    k_tma = _fits_tma(key, stride)
+    return {
+        **config.launch_arguments(),
+        "BLOCK_D": chunk,
+        "query_desc": _descriptor(query, stride, block_m, chunk) if q_tma else None,
+        "key_desc": _descriptor(key, stride, config.tiles["BLOCK_N"], chunk) if k_tma else None,
+        "Q_TMA": q_tma,
+        "K_TMA": k_tma,
+        "Q_RAGGED": q_tma and geometry.q_len % stride != 0,
+        "K_RAGGED": k_tma and geometry.k_len % stride != 0,
+        "CAUSAL": geometry.causal,
+        "BLOCK_SIZE": geometry.block_size,
+        "STRIDE": stride,
+        "HEAD_DIM": query.shape[3],
+        "GROUP": group,
+        "PACK": pack,
+        "INTERPRETED": interpreted(),
+    }
+
+
+def _pack(group: int, q_groups: int, block_m: int) -> int:
+    """How many query heads of one key head share a tile's rows: as many as fill it, where one head has too few groups.
+
+    More would save nothing: tiles are at least as wide as they are high, so rows in steps of fewer groups meet as many tiles
+    along the causal diagonal, and heads that run side by side find their keys in L2.
+    """
+    pack = 1
+    while group % (2 * pack) == 0 and pack * q_groups < block_m and 2 * pack * MIN_ROWS_PER_HEAD <= block_m:
+        pack *= 2
+    return pack
+
+
+def _feature_chunk(head_dim: int, limit: int) -> int:
+    """Features per step of the GEMM: the largest power of two up to ``limit`` that divides ``head_dim``, at least 16."""
+    return max(16, min(limit, head_dim & -head_dim))
+
+
+def _fits_tma(tokens: torch.Tensor, stride: int) -> bool:
+    """Whether the GPU has TMA and a descriptor can address the full groups of ``tokens``: 16-byte steps, none of them 0."""
+    where = family(tokens.device)
+    if not interpreted() and int(where.removeprefix("sm")) < 90:
+        return False
+    steps = [step * tokens.element_size() for step, size in zip(tokens.stride(), tokens.shape, strict=True) if size > 1]
+    return (
+        tokens.shape[2] >= stride
+        and tokens.data_ptr() % 16 == 0
+        and all(step > 0 and step % 16 == 0 for step in steps[:-1])
+    )
+
+
+def _descriptor(tokens: torch.Tensor, stride: int, groups: int, features: int) -> TensorDescriptor:
+    """Of the full groups of ``tokens`` as (batch, heads, S, length // S, head_dim), in blocks (1, 1, 1, groups, features)."""
+    batch, heads, length, head_dim = tokens.shape
+    # a dimension of size 1 is never stepped along, but its step must be a multiple of 16 bytes as well
+    steps = [step if size > 1 else 16 for step, size in zip(tokens.stride()[:3], tokens.shape[:3], strict=True)]
+    return TensorDescriptor(
+        tokens,
+        shape=[batch, heads, stride, length // stride, head_dim],
+        strides=[steps[0], steps[1], steps[2], steps[2] * stride, 1],
+        block_shape=[1, 1, 1, groups, features],
+    )
+
+
+def _quantise(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 copies of ``(batch, heads, length, head_dim)`` tokens, the largest of each head at the end of the range.
+
+    Returns:
+        (e4m3 of the same shape, rows at multiples of 16 bytes as TMA needs; fp32 ``(batch, heads)`` factor to undo it).
+    """
+    where = family(tokens.device)
+    if where.startswith("sm") and int(where[2:]) < 90:
+        raise ValueError(
+            f"precision is 'fp8', which needs a GPU of compute capability 9.0 or more, this one is {where}"
+        )
+    batch, heads, length, head_dim = tokens.shape
+    peak = torch.linalg.vector_norm(tokens, torch.inf, dim=(2, 3)).float()
+    scale = torch.where(peak > 0, peak / FP8_MAX, 1.0)
+    copy = torch.empty((batch, heads, length, -(-head_dim // 16) * 16), dtype=FP8, device=tokens.device)
+    copy = copy[..., :head_dim]
+    rows = 32
+    _quantise_kernel[(triton.cdiv(length, rows), heads, batch)](
+        tokens,
+        *tokens.stride()[:3],
+        scale,
+        copy,
+        *copy.stride()[:3],
+        length,
+        HEAD_DIM=head_dim,
+        BLOCK_L=rows,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+    )
+    return copy, scale
+
+
+@triton.jit(do_not_specialize=["length"])
+def _quantise_kernel(
+    tokens_ptr,
+    stride_batch,
+    stride_head,
+    stride_token,
+    scale_ptr,
+    copy_ptr,
+    copy_stride_batch,
+    copy_stride_head,
+    copy_stride_token,
+    length,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows = (tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)[:, None]
+    features = tl.arange(0, BLOCK_D)[None, :]
+    exists = (rows < length) & (features < HEAD_DIM)
+    tokens_ptr += sequence * stride_batch + head * stride_head
+    tokens = tl.load(tokens_ptr + rows * stride_token + features, mask=exists, other=0.0)  # (BLOCK_L, BLOCK_D)
+    scale = tl.load(scale_ptr + sequence * tl.num_programs(1) + head)
+    scaled = tl.clamp(tokens.to(tl.float32) / scale, -448.0, 448.0)
+    copy_ptr += sequence * copy_stride_batch + head * copy_stride_head
+    tl.store(copy_ptr + rows * copy_stride_token + features, scaled.to(tl.float8e4nv), mask=exists)
+
+
+@triton.jit
+def _dots(
+    query_source,  # a descriptor if Q_TMA, else pointers to the first token of each row's group, (BLOCK_M, 1)
+    key_source,  # a descriptor if K_TMA, else pointers to the first token of each column's group, (BLOCK_N, 1)
+    stride_q_token,
+    stride_k_token,
+    order_ptr,
+    sequence,
+    q_head,
+    k_head,
+    rows,
+    columns,
+    first_row,
+    first_column,
+    q_len,
+    k_len,
+    PATTERN: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    Q_TMA: tl.constexpr,
+    K_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sampled dot products; missing tokens count as zeros, and so does, by TMA, a last group that is not full."""
+    CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
+    dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(STRIDE * CHUNKS):
+        token, first_feature = step // CHUNKS, step % CHUNKS * BLOCK_D
+        # the query of a row group that meets key `token` of a column group
+        if PATTERN == "antidiagonal":
+            partner = STRIDE - 1 - token
+        elif PATTERN == "diagonal":
+            partner = token
+        else:
+            partner = tl.load(order_ptr + token)
+        if Q_TMA:
+            query = query_source.load(
+                [sequence, q_head, partner, first_row, first_feature]
+            )  # (1, 1, 1, BLOCK_M, BLOCK_D)
+            query = query.reshape(BLOCK_M, BLOCK_D)
+        else:
+            features = (first_feature + tl.arange(0, BLOCK_D))[None, :]
+            q_exists = (rows * STRIDE + partner < q_len)[:, None] & (features < HEAD_DIM)
+            query_ptrs = query_source + partner * stride_q_token + features
+            query = tl.load(query_ptrs, mask=q_exists, other=0.0)  # (BLOCK_M, BLOCK_D)
+        if K_TMA:
+            key = key_source.load([sequence, k_head, token, first_column, first_feature])  # (1, 1, 1, BLOCK_N, BLOCK_D)
+            key = key.reshape(BLOCK_N, BLOCK_D)
+        else:
+            features = (first_feature + tl.arange(0, BLOCK_D))[None, :]
+            k_exists = (columns * STRIDE + token < k_len)[:, None] & (features < HEAD_DIM)
+            key_ptrs = key_source + token * stride_k_token + features
+            key = tl.load(key_ptrs, mask=k_exists, other=0.0)  # (BLOCK_N, BLOCK_D)
+        dots = tl.dot(query, key.T, dots, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+    return dots
+
+
+@triton.jit
+def _log2(x, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
+        result = tl.log2(x)
+    else:  # one instruction, right to 22 bits, for the twenty of tl.log2; log2(0) is -inf
+        result = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return result
+
+
+@triton.jit
+def _log_sum(logits, PER_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
+    """log2(sum(2 ** logits)) over each PER_BLOCK columns, relative to the row's peak over all columns."""
+    BLOCK_M: tl.constexpr = logits.shape[0]
+    BLOCK_N: tl.constexpr = logits.shape[1]
+    peak = tl.max(logits, 1)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    weights = tl.exp2(logits - peak[:, None])
+    total = tl.sum(weights.reshape(BLOCK_M, BLOCK_N // PER_BLOCK, PER_BLOCK), 2)
+    return _log2(total, INTERPRETED) + peak[:, None]
+
+
+@triton.jit
+def _tile(
+    k_heads,
+    q_len,
+    k_len,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SIDE: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """(sequence, key head, which of the SIDE heads or packs side by side, tile of rows, tile of columns) of this program.
+
+    Heads that share a key head run side by side, then GROUP_M row tiles go down the columns together; the rows that see most
+    keys come first.
+    """
+    tiles_m = tl.cdiv(q_len, ROWS * STRIDE)
+    tiles_n = tl.cdiv(k_len, BLOCK_N * STRIDE)
+    program = tl.program_id(0)
+    side, program = program % SIDE, program // SIDE
+    tile, unit = program % (tiles_m * tiles_n), program // (tiles_m * tiles_n)
+    first_m = tile // (GROUP_M * tiles_n) * GROUP_M
+    in_group = tile % (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - first_m, GROUP_M)
+    tile_m = tiles_m - 1 - (first_m + in_group % height)
+    return unit // k_heads, unit % k_heads, side, tile_m, in_group // height
+
+
+@triton.jit(do_not_specialize=["q_len", "k_len", "k_heads"])
+def _score_kernel(
+    query_ptr,
+    key_ptr,
+    stride_q_batch,
+    stride_q_head,
+    stride_q_token,
+    stride_k_batch,
+    stride_k_head,
+    stride_k_token,
+    query_desc,
+    key_desc,
+    order_ptr,  # int32 (STRIDE,), random pattern only
+    q_scale_ptr,  # fp32 (batch, q_heads), fp8 only
+    k_scale_ptr,  # fp32 (batch, k_heads), fp8 only
+    lse_ptr,  # (batch, q_heads, q_groups, k_blocks)
+    q_len,
+    k_len,
+    k_heads,
+    factor,
+    PATTERN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    Q_TMA: tl.constexpr,
+    K_TMA: tl.constexpr,
+    Q_RAGGED: tl.constexpr,
+    K_RAGGED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    ROWS: tl.constexpr = BLOCK_M // PACK  # row groups of each head
+    PER_BLOCK: tl.constexpr = BLOCK_SIZE // STRIDE
+    sequence, k_head, side, tile_m, tile_n = _tile(k_heads, q_len, k_len, STRIDE, ROWS, BLOCK_N, GROUP // PACK, GROUP_M)
+    first_row, first_column = tile_m * ROWS, tile_n * BLOCK_N
+    offset = k_len - q_len
+    if CAUSAL:
+        # selection reads up to the last block that the last query block of this tile can see
+        end = ((first_row + ROWS) * STRIDE + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE
+        if first_column * STRIDE >= offset + tl.minimum(end, q_len):
+            return
+    q_head = k_head * GROUP + side * PACK
+    heads = q_head + tl.arange(0, BLOCK_M) // ROWS  # (BLOCK_M,)
+    rows = first_row + tl.arange(0, BLOCK_M) % ROWS
+    columns = first_column + tl.arange(0, BLOCK_N)
+
+    # TMA sees full groups only: tiles that hold a part of one are read through pointers
+    whole = True
+    if Q_RAGGED:
+        whole = (first_row + ROWS) * STRIDE <= q_len
+    if K_RAGGED:
+        whole = whole & ((first_column + BLOCK_N) * STRIDE <= k_len)
+    query_ptr += sequence.to(tl.int64) * stride_q_batch
+    query_ptrs = (
+        query_ptr + (heads.to(tl.int64) * stride_q_head + (rows * STRIDE).to(tl.int64) * stride_q_token)[:, None]
+    )
+    key_ptr += sequence.to(tl.int64) * stride_k_batch + k_head.to(tl.int64) * stride_k_head
+    key_ptrs = key_ptr + ((columns * STRIDE).to(tl.int64) * stride_k_token)[:, None]
+    if whole:
+        dots = _dots(
+            query_desc if Q_TMA else query_ptrs, key_desc if K_TMA else key_ptrs, stride_q_token, stride_k_token,
+            order_ptr, sequence, q_head, k_head, rows, columns, first_row, first_column, q_len, k_len,
+            PATTERN, STRIDE, HEAD_DIM, Q_TMA, K_TMA, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    else:
+        dots = _dots(
+            query_ptrs, key_ptrs, stride_q_token, stride_k_token,
+            order_ptr, sequence, q_head, k_head, rows, columns, first_row, first_column, q_len, k_len,
+            PATTERN, STRIDE, HEAD_DIM, False, False, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+    q_heads = k_heads * GROUP
+    if q_scale_ptr is not None:
+        q_scales = tl.load(q_scale_ptr + sequence * q_heads + heads)  # (BLOCK_M,)
+        factor *= tl.load(k_scale_ptr + sequence * k_heads + k_head)
+        logits = dots * (q_scales * factor)[:, None]  # (BLOCK_M, BLOCK_N), to base 2
+    else:
+        logits = dots * factor
+    # column j is visible to row i when j * S <= offset + i * S + S - 1
+    end_column = (k_len + STRIDE - 1) // STRIDE - first_column
+    first_hidden = (offset + STRIDE - 1) // STRIDE + 1 - first_column
+    edge = end_column < BLOCK_N
+    if CAUSAL:
+        edge = edge | (first_hidden + first_row < BLOCK_N)
+    if edge:
+        exists = (tl.arange(0, BLOCK_N) < end_column)[None, :]
+        if CAUSAL:
+            exists = exists & (tl.arange(0, BLOCK_N)[None, :] < (first_hidden + rows)[:, None])
+        logits = tl.where(exists, logits, float("-inf"))
+    lse = _log_sum(logits, PER_BLOCK, INTERPRETED)  # (BLOCK_M, BLOCK_N / PER_BLOCK)
+
+    q_groups = (q_len + STRIDE - 1) // STRIDE
+    k_blocks = (k_len + BLOCK_SIZE - 1) // BLOCK_SIZE
+    blocks = first_column // PER_BLOCK + tl.arange(0, BLOCK_N // PER_BLOCK)
+    places = (sequence.to(tl.int64) * q_heads + heads) * q_groups + rows  # (BLOCK_M,)
+    lse_ptrs = lse_ptr + places[:, None] * k_blocks + blocks[None, :]
+    tl.store(lse_ptrs, lse, mask=(rows < q_groups)[:, None] & (blocks < k_blocks)[None, :])

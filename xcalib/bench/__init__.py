@@ -1,0 +1,8 @@
+"""``xcalib bench``: times the kernels and their peers on this machine, and says from which length sparse attention wins."""
+
+from xcalib.bench.plot import draw
+from xcalib.bench.report import render, summarise
+from xcalib.bench.run import run_bench
+from xcalib.bench.suites import SUITES, BenchError, Suite, suite_of
+
+__all__ = ["SUITES", "BenchError", "Suite", "draw", "render", "run_bench", "suite_of", "summarise"]
