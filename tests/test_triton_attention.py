@@ -36,7 +36,7 @@ AWKWARD_LENGTHS = (1, 2, 17, 63, 64, 65, 127, 128, 129, 191, 200, 257, 300)
 HEAD_DIMS = (32, 33, 40, 64, 72, 80, 96, 128, 192, 256)
 MASKS = ("random", "sparse", "full", "sink", "own", "last", "none")
 LAYOUTS = ("heads first", "tokens first", "unaligned")
-PEERS = 4  # torch computations that each sum in another order
+PEERS = 8  # torch computations that each sum in another order
 
 
 @dataclass(frozen=True)
@@ -198,23 +198,24 @@ def exact(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def peer(case: Case, inputs: Inputs, order: torch.Tensor) -> torch.Tensor:
-    """Torch's attention with the kernel's precision: one order of summation, weights in base 2 and rounded to the values' type.
+    """Torch's attention in the case's precision: weights rounded to the values' type, sums in fp32, in one order.
 
-    The base matters: its logits are 1.44 times as large, and so are the roundings of the fp32 numbers that hold them.
+    The transposed keys are copied because the BLAS sums a dot product of a transposed view in several lanes: its error is then a
+    third of what a sum from the first feature to the last has, which is what tensor cores and the interpreter make.
     """
     query, key, value = (tensor.float().nan_to_num(0.0) for tensor in inputs.tensors)
     key, value = (tensor.repeat_interleave(case.group, 1) for tensor in (key, value))
-    logits = query[..., order] @ key[..., order].mT * (case.scale / math.log(2.0))
+    logits = query[..., order].contiguous() @ key[..., order].mT.contiguous() * case.scale
     logits = logits.masked_fill(~visible_tokens(case, inputs.mask), -math.inf)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp2().nan_to_num(0.0)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp().nan_to_num(0.0)
     output = weights.to(case.dtype).float() @ value / weights.sum(-1, keepdim=True).clamp(min=1.0)
     return output.to(case.dtype)
 
 
 def assert_near(actual: torch.Tensor, case: Case, inputs: Inputs) -> None:
-    """At most five times the error of torch in the same precision, plus two roundings of one value.
+    """At most three times the error of torch in the same precision, plus two roundings of one value.
 
-    The interpreter multiplies with numpy's BLAS, torch with its own: on one processor three times was seen, on another two.
+    Of few queries an error is one draw of luck: torch draws several times, and the worst counts.
     """
     truth, _ = exact(case, inputs)
     generator = torch.Generator().manual_seed(case.seed)
@@ -224,8 +225,9 @@ def assert_near(actual: torch.Tensor, case: Case, inputs: Inputs) -> None:
     assert bool(actual.isfinite().all())
     error = actual.double() - truth
     floor = 2 * torch.finfo(case.dtype).eps * float(inputs.value.nan_to_num(0.0).abs().max())
-    assert float(error.abs().max()) <= 5 * float(peers.abs().max()) + floor
-    assert float(error.square().mean().sqrt()) <= 5 * float(peers.square().mean().sqrt()) + floor / 4
+    assert float(error.abs().max()) <= 3 * float(peers.abs().max()) + floor
+    peer_deviation = float(peers.square().flatten(1).mean(1).max().sqrt())
+    assert float(error.square().mean().sqrt()) <= 3 * peer_deviation + floor / 4
     assert bool((actual[~visible_tokens(case, inputs.mask).any(-1)] == 0).all())
 
 
