@@ -228,6 +228,7 @@ def xattention(
     Raises:
         ValueError: an argument is not as above.
     """
+    check_attention(query, key, value, block_size, causal)  # before the threshold is held against the query's heads
     limits = limits_of(threshold, query.shape[1], upper=1.0)
     output, _ = attend(
         query,
@@ -339,7 +340,7 @@ def sweep_thresholds(
         ValueError: an argument is not as above, is not finite, or gives logits more than 700 apart in one row.
     """
     geometry = check_attention(query, key, value, block_size, causal)
-    check_method(stride, pattern, "native")
+    check_method(stride, pattern)
     check_grid(grid)
     check_projection(projection, query)
     for name, tensor in (("query", query), ("key", key), ("value", value), ("projection", projection)):

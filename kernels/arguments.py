@@ -80,7 +80,7 @@ def check_lengths(q_len: int, k_len: int) -> None:
         )
 
 
-def check_method(stride: int, pattern: str, precision: str) -> None:
+def check_method(stride: int, pattern: str, precision: str = "native") -> None:
     if stride not in STRIDES or not isinstance(stride, int):
         raise ValueError(f"stride is {stride!r}, allowed are {STRIDES}")
     if pattern not in ("antidiagonal", "diagonal", "random"):

@@ -24,7 +24,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.selection import BlockLists
-from xcalib.kernels.tuning import Config, choose, family, interpreted
+from xcalib.kernels.tma import descriptor_strides, fits_tma
+from xcalib.kernels.tuning import Config, choose, interpreted, milliseconds
 
 __all__ = [
     "CANDIDATES",
@@ -225,19 +226,16 @@ class _Call:
 
     def run(self) -> None:
         order = _launch_order(self.counts, self.key.shape[1])
-        launch = functools.partial(self._launch, order=order, tma=_may_use_tma(self.query, self.key, self.value))
+        launch = functools.partial(self._launch, order=order, tma=fits_tma(self.query, self.key, self.value))
         launch(self._choose(launch))
 
     def _choose(self, launch: Callable[[Config], None]) -> Config:
-        def measure(config: Config) -> float:
-            return float(triton.testing.do_bench(lambda: launch(config), return_mode="median"))
-
         head_dim, size = self.query.shape[-1], self.geometry.block_size
         dtype = str(self.query.dtype).removeprefix("torch.")
         key = {"head_dim": head_dim, "width": triton.next_power_of_2(head_dim), "block_size": size, "dtype": dtype}
         candidates = FP32_CANDIDATES if dtype == "float32" and not interpreted() else CANDIDATES
         fitting = [config for config in candidates if max(config.tiles["BLOCK_M"], config.tiles["BLOCK_N"]) <= size]
-        return choose("attention", key, fitting, self.query.device, None if interpreted() else measure)
+        return choose("attention", key, fitting, self.query.device, lambda config: milliseconds(lambda: launch(config)))
 
     def _launch(self, config: Config, *, order: torch.Tensor, tma: bool) -> None:
         query, key, value, geometry = self.query, self.key, self.value, self.geometry
@@ -313,26 +311,12 @@ def _split(head_dim: int) -> tuple[int, int]:
     return (half, rest) if half + rest < whole or whole > 128 else (whole, 0)
 
 
-def _may_use_tma(*tensors: torch.Tensor) -> bool:
-    """TMA needs 16-byte aligned addresses and strides, and a GPU that has it."""
-    where = family(tensors[0].device)
-    if where != "interpreter" and int(where.removeprefix("sm")) < 90:
-        return False
-    for tensor in tensors:
-        strides = [stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1]
-        if tensor.data_ptr() % 16 or any(stride <= 0 or stride * tensor.element_size() % 16 for stride in strides):
-            return False
-    return True
-
-
 def _sources(tensor: torch.Tensor, tokens: int, settings: dict[str, Any], tma: bool) -> tuple[Any, Any]:
     """What the kernel reads both parts of the columns from: two descriptors, or the tensor twice."""
     if not tma:
         return tensor, tensor
-    # the stride of a dimension of size 1 is arbitrary, and TMA rejects what is not aligned
-    strides = [stride if size > 1 else 16 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
     width, rest = [
-        TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, tokens, columns])
+        TensorDescriptor(tensor, list(tensor.shape), [*descriptor_strides(tensor), 1], [1, 1, tokens, columns])
         for columns in (settings["WIDTH"], settings["REST"] or settings["WIDTH"])
     ]
     return width, rest

@@ -14,10 +14,12 @@ from xcalib.kernels.geometry import Geometry
 
 __all__ = [
     "SweepResult",
+    "block_levels",
     "block_sparse_attention",
     "cut_offs",
     "estimate_blocks",
     "select_blocks",
+    "strided_order",
     "sweep_thresholds",
 ]
 
@@ -35,7 +37,7 @@ LOW_PEAK = 20.0
 UPSCALE = 2.0**30
 
 
-def _strided_order(pattern: str, stride: int, seed: int, device: torch.device) -> torch.Tensor:
+def strided_order(pattern: str, stride: int, seed: int, device: torch.device) -> torch.Tensor:
     """Which query of a group meets key 0, 1, ..., S-1 of a column group (the sampled pattern): int64 ``(S,)``."""
     if pattern == "antidiagonal":
         return torch.arange(stride - 1, -1, -1, device=device)
@@ -66,7 +68,7 @@ def estimate_blocks(
     batch, q_heads, q_len, head_dim = query.shape
     k_heads, k_len = key.shape[1:3]
     geometry = Geometry(q_len, k_len, block_size, causal)
-    order = _strided_order(pattern, stride, seed, query.device)
+    order = strided_order(pattern, stride, seed, query.device)
     per_block = block_size // stride
     keys = _grouped(key, stride).flatten(-2)  # (B, Hkv, nk groups, S * D)
     columns = torch.arange(keys.shape[2], device=query.device)
@@ -120,6 +122,11 @@ def _fixed_limits(threshold: torch.Tensor) -> torch.Tensor:
     """Thresholds, taken as fp32, in the units of :func:`cut_offs`: int64 of the same shape, NEVER where they are 1 or more."""
     tau = threshold.float().double()
     return (tau * ONE).ceil().long().masked_fill_(tau >= 1, NEVER)
+
+
+def block_levels(scores: torch.Tensor, grid: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """The first of ascending thresholds that keeps each block: int64 like ``scores``, ``len(grid)`` for invisible ones."""
+    return torch.searchsorted(_fixed_limits(grid), cut_offs(scores, geometry), right=True)
 
 
 def select_blocks(scores: torch.Tensor, threshold: torch.Tensor, geometry: Geometry, policy: str) -> torch.Tensor:
@@ -204,9 +211,7 @@ def sweep_thresholds(
     batch, q_heads, _, head_dim = query.shape
     k_heads, group, size = key.shape[1], q_heads // key.shape[1], geometry.block_size
     levels = len(grid)
-    cut_off = cut_offs(scores, geometry)
-    # A block's level is the first whose limit exceeds its cut-off; invisible blocks, which nothing reads, are clamped.
-    level = torch.searchsorted(_fixed_limits(grid), cut_off, right=True).clamp_(max=levels - 1)
+    level = block_levels(scores, grid, geometry).clamp_(max=levels - 1)  # nothing reads the invisible blocks'
     padding = (0, 0, 0, geometry.k_blocks * size - geometry.k_len)
     keys = functional.pad(key.float(), padding).unflatten(2, (-1, size))  # (B, Hkv, nk, Bk, D)
     grouped_value = value.float().unsqueeze(2)  # (B, Hkv, 1, k_len, D)

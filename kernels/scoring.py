@@ -16,9 +16,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xcalib.kernels.geometry import Geometry
-from xcalib.kernels.reference import _strided_order
+from xcalib.kernels.reference import strided_order
 from xcalib.kernels.selection import average_lse
-from xcalib.kernels.tuning import Config, choose, family, interpreted
+from xcalib.kernels.tma import descriptor_strides, fits_tma
+from xcalib.kernels.tuning import Config, choose, family, interpreted, milliseconds
 
 __all__ = ["block_lse", "estimate_blocks", "scoring_chunk"]
 
@@ -123,7 +124,7 @@ def block_lse(
     geometry = Geometry(query.shape[2], key.shape[2], block_size, causal)
     shape = (*query.shape[:2], -(-geometry.q_len // stride), geometry.k_blocks)
     lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-    order = _strided_order(pattern, stride, seed, query.device).int() if pattern == "random" else None
+    order = strided_order(pattern, stride, seed, query.device).int() if pattern == "random" else None
 
     def launch(config: Config) -> None:
         arguments = _arguments(query, key, geometry, stride, config)
@@ -149,16 +150,13 @@ def block_lse(
 
 
 def _config(query: torch.Tensor, stride: int, per_block: int, launch: Callable[[Config], None]) -> Config:
-    def measure(config: Config) -> float:
-        return float(triton.testing.do_bench(lambda: launch(config), return_mode="median"))
-
     traits = {
         "dtype": str(query.dtype).removeprefix("torch."),
         "head_dim": query.shape[3],
         "stride": stride,
         "per_block": per_block,
     }
-    return choose("scoring", traits, CANDIDATES, query.device, None if interpreted() else measure)
+    return choose("scoring", traits, CANDIDATES, query.device, lambda config: milliseconds(lambda: launch(config)))
 
 
 def _grid(
@@ -177,8 +175,9 @@ def _arguments(
     block_m, group = config.tiles["BLOCK_M"], query.shape[1] // key.shape[1]
     chunk = _feature_chunk(query.shape[3], config.tiles["BLOCK_D"])
     pack = _pack(group, -(-geometry.q_len // stride), block_m)
-    q_tma = pack == 1 and _fits_tma(query, stride)
-    k_tma = _fits_tma(key, stride)
+    # a descriptor addresses full groups, of which there must be one
+    q_tma = pack == 1 and geometry.q_len >= stride and fits_tma(query)
+    k_tma = geometry.k_len >= stride and fits_tma(key)
     return {
         **config.launch_arguments(),
         "BLOCK_D": chunk,
@@ -215,24 +214,10 @@ def _feature_chunk(head_dim: int, limit: int) -> int:
     return max(16, min(limit, head_dim & -head_dim))
 
 
-def _fits_tma(tokens: torch.Tensor, stride: int) -> bool:
-    """Whether the GPU has TMA and a descriptor can address the full groups of ``tokens``: 16-byte steps, none of them 0."""
-    where = family(tokens.device)
-    if not interpreted() and int(where.removeprefix("sm")) < 90:
-        return False
-    steps = [step * tokens.element_size() for step, size in zip(tokens.stride(), tokens.shape, strict=True) if size > 1]
-    return (
-        tokens.shape[2] >= stride
-        and tokens.data_ptr() % 16 == 0
-        and all(step > 0 and step % 16 == 0 for step in steps[:-1])
-    )
-
-
 def _descriptor(tokens: torch.Tensor, stride: int, groups: int, features: int) -> TensorDescriptor:
     """Of the full groups of ``tokens`` as (batch, heads, S, length // S, head_dim), in blocks (1, 1, 1, groups, features)."""
     batch, heads, length, head_dim = tokens.shape
-    # a dimension of size 1 is never stepped along, but its step must be a multiple of 16 bytes as well
-    steps = [step if size > 1 else 16 for step, size in zip(tokens.stride()[:3], tokens.shape[:3], strict=True)]
+    steps = descriptor_strides(tokens)
     return TensorDescriptor(
         tokens,
         shape=[batch, heads, stride, length // stride, head_dim],

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from xcalib.kernels.geometry import Geometry
-from xcalib.kernels.tuning import Config, choose, interpreted
+from xcalib.kernels.tuning import Config, choose, milliseconds
 
 __all__ = [
     "MAX_BLOCKS",
@@ -175,13 +175,8 @@ def _row_size(geometry: Geometry) -> int:
 
 def _config(geometry: Geometry, device: torch.device, launch: Callable[[Config], None]) -> Config:
     """One choice for every kernel that adds up a row: the order of summation, hence the last bit, hangs on the warps."""
-
-    def measure(config: Config) -> float:
-        return float(triton.testing.do_bench(lambda: launch(config), return_mode="median"))
-
-    return choose(
-        "selection", {"row_size": _row_size(geometry)}, CANDIDATES, device, None if interpreted() else measure
-    )
+    traits = {"row_size": _row_size(geometry)}
+    return choose("selection", traits, CANDIDATES, device, lambda config: milliseconds(lambda: launch(config)))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ projected first, by a square factor of W_o,h W_o,h^T, so that the squared norm o
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,9 @@ from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xcalib.kernels.geometry import Geometry
-from xcalib.kernels.reference import SweepResult, _fixed_limits, cut_offs
-from xcalib.kernels.tuning import Config, choose, family, interpreted
+from xcalib.kernels.reference import SweepResult, block_levels
+from xcalib.kernels.tma import descriptor_strides, fits_tma
+from xcalib.kernels.tuning import Config, choose, interpreted, milliseconds
 
 __all__ = ["ATTENTION_CANDIDATES", "ERROR_CANDIDATES", "sweep_thresholds"]
 
@@ -406,8 +407,7 @@ def _entries_by_level(
         ``(batch, heads, q_blocks, levels + 1)``.
     """
     levels, blocks = len(grid), geometry.k_blocks
-    # The first level whose limit exceeds the block's cut-off; for invisible blocks none does.
-    level = torch.searchsorted(_fixed_limits(grid), cut_offs(scores, geometry), right=True)
+    level = block_levels(scores, grid, geometry)
     entries = level.mul_(blocks).add_(torch.arange(blocks, device=scores.device)).int().sort(-1).values
     starts = torch.arange(levels + 1, dtype=torch.int32, device=scores.device) * blocks
     bounds = torch.searchsorted(entries, starts.expand(*entries.shape[:3], -1).contiguous(), out_int32=True)
@@ -486,7 +486,7 @@ def _attention_config(work: _Work) -> Config:
 
     def measure(config: Config) -> float:
         part = next(_parts(work, config))
-        return _milliseconds(lambda: _attend(work, config, part))
+        return milliseconds(lambda: _attend(work, config, part))
 
     candidates = [fitted(config) for config in (FP32_CANDIDATES if full else ATTENTION_CANDIDATES)]
     key = {"head_dim": _padded(work.head_dim), "block_size": size, "bits": 32 if full else 16}
@@ -500,13 +500,9 @@ def _error_config(work: _Work, attention: Config, part: _Levels, kept: torch.Ten
 
     def measure(config: Config) -> float:
         errors = _unsummed(work, attention, config)
-        return _milliseconds(lambda: _merge(work, attention, config, part, kept, dropped, errors))
+        return milliseconds(lambda: _merge(work, attention, config, part, kept, dropped, errors))
 
     return choose("sweep_error", key, ERROR_CANDIDATES, work.query.device, measure)
-
-
-def _milliseconds(launch: Callable[[], None]) -> float:
-    return float(triton.testing.do_bench(launch, return_mode="median"))
 
 
 def _padded(head_dim: int) -> int:
@@ -515,13 +511,13 @@ def _padded(head_dim: int) -> int:
 
 def _attend(work: _Work, config: Config, part: _Levels) -> None:
     query, key, value, geometry = work.query, work.key, work.value, work.geometry
-    use_tma = _takes_descriptors(key) and _takes_descriptors(value)
+    use_tma = fits_tma(key, value)
     padded = _padded(work.head_dim)
     box = [1, 1, config.tiles["BLOCK_N"], padded]
     _level_attention_kernel[(part.programs,)](
         query,
-        TensorDescriptor(key, list(key.shape), list(key.stride()), box) if use_tma else key,
-        TensorDescriptor(value, list(value.shape), list(value.stride()), box) if use_tma else value,
+        TensorDescriptor(key, list(key.shape), [*descriptor_strides(key), 1], box) if use_tma else key,
+        TensorDescriptor(value, list(value.shape), [*descriptor_strides(value), 1], box) if use_tma else value,
         work.entries,
         work.bounds,
         part.means,
@@ -580,12 +576,3 @@ def _merge(
         PRECISION=work.precision,
         **config.launch_arguments(),
     )
-
-
-def _takes_descriptors(tensor: torch.Tensor) -> bool:
-    """Whether the GPU can load tiles of a tensor by TMA: Hopper or later, 16-byte aligned rows."""
-    where = family(tensor.device)
-    if where != "interpreter" and int(where.removeprefix("sm")) < 90:
-        return False
-    strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
-    return tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)

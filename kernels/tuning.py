@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Config", "choose", "crossover", "family", "interpreted"]
+__all__ = ["Config", "choose", "crossover", "family", "interpreted", "milliseconds"]
 
 UNKNOWN_CROSSOVER = 4096  # of a GPU that nobody has measured
 
@@ -72,7 +72,8 @@ def choose(
         key: what the choice may depend on, JSON values, such as ``{"head_dim": 128, "stride": 16}``.
         candidates: what to try on a GPU that the table does not know; the first serves the interpreter.
         device: where the kernel will run.
-        measure: runs the kernel with a configuration and returns its milliseconds; None takes the first candidate.
+        measure: runs the kernel with a configuration and returns its milliseconds; None takes the first candidate, as the
+            interpreter does, whose time says nothing.
     """
     where = family(device)
     if where == "interpreter":
@@ -80,9 +81,16 @@ def choose(
     known = _from_table(where, kernel, key)
     if known is not None:
         return known
-    if measure is None:
+    if measure is None or interpreted():
         return candidates[0]
     return _measured(_cache_name(device), kernel, json.dumps(key, sort_keys=True), tuple(candidates), measure)
+
+
+def milliseconds(launch: Callable[[], object]) -> float:
+    """Median time of a launch on the GPU."""
+    from triton import testing
+
+    return float(testing.do_bench(launch, return_mode="median"))
 
 
 def _from_table(where: str, kernel: str, key: Mapping[str, Any]) -> Config | None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from xcalib.bench import BenchError, Suite, draw, floors, peers, render, run_bench, suite_of, summarise, timing
+from xcalib.bench import Suite, draw, floors, peers, render, run_bench, suite_of, summarise, timing
 from xcalib.bench import run as bench_run
 from xcalib.bench.data import Inputs, copies, structured_inputs, thresholds_for_density
 from xcalib.bench.parts import Parts
+from xcalib.errors import BenchError
 from xcalib.kernels import block_density, block_sparse_attention, estimate_blocks, select_blocks
 from xcalib.kernels.geometry import Geometry
 

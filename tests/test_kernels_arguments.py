@@ -435,3 +435,9 @@ def test_importing_the_folder_as_kernels_is_refused() -> None:
 def test_the_folder_is_imported_as_xcalib_kernels() -> None:
     assert kernels.__name__ == "xcalib.kernels"
     assert Path(str(kernels.__file__)).parent == ROOT / "kernels"
+
+
+def test_a_query_without_heads_is_named_before_its_threshold() -> None:
+    query = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"query has 1 dimensions, expected \(batch, heads, seq, head_dim\)"):
+        kernels.xattention(query, query, query, 0.5)

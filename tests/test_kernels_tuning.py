@@ -18,6 +18,7 @@ KEY = {"head_dim": 128, "stride": 16}
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A GPU that nobody has measured; the folder of its cache."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # where there is a GPU, nothing is interpreted
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 1))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "_IN_MEMORY", {})

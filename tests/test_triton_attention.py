@@ -173,7 +173,7 @@ def launching(case: Case) -> Iterator[None]:
 
     with mock.patch.object(torch, "empty", poisoned), mock.patch.object(attention, "choose", choose):
         if case.pointers:
-            with mock.patch.object(attention, "_may_use_tma", lambda *tensors: False):
+            with mock.patch.object(attention, "fits_tma", lambda *tensors: False):
                 yield
         else:
             yield

@@ -150,7 +150,7 @@ def launched_as(case: Case) -> Iterator[None]:
         stack.enter_context(poisoned())
         stack.enter_context(mock.patch.object(scoring, "choose", lambda *_: config))
         if not case.tma:
-            stack.enter_context(mock.patch.object(scoring, "_fits_tma", lambda *_: False))
+            stack.enter_context(mock.patch.object(scoring, "fits_tma", lambda *_: False))
         yield
 
 
@@ -160,7 +160,7 @@ def plain_lse(query: torch.Tensor, key: torch.Tensor, case: Case, dtype: torch.d
     query, key = (
         functional.pad(t.to(dtype), (0, 0, 0, -t.shape[2] % stride)).unflatten(2, (-1, stride)) for t in (query, key)
     )
-    order = reference._strided_order(case.pattern, stride, case.seed, query.device)
+    order = reference.strided_order(case.pattern, stride, case.seed, query.device)
     rows = query.index_select(3, order).flatten(3)  # (B, Hq, q_groups, S * D)
     columns = key.flatten(3).repeat_interleave(case.group, 1)  # (B, Hq, k_groups, S * D)
     logits = rows @ columns.mT * (case.scale / stride * LOG2_E)

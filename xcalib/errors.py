@@ -3,7 +3,16 @@
 Bad tensor arguments to :mod:`xcalib.kernels` are plain :class:`ValueError`, as in torch.
 """
 
-__all__ = ["CurvesError", "DataError", "ModelError", "ProfileError", "TargetError", "XcalibError", "XcalibWarning"]
+__all__ = [
+    "BenchError",
+    "CurvesError",
+    "DataError",
+    "ModelError",
+    "ProfileError",
+    "TargetError",
+    "XcalibError",
+    "XcalibWarning",
+]
 
 
 class XcalibError(Exception):
@@ -28,6 +37,10 @@ class TargetError(XcalibError):
 
 class ProfileError(XcalibError):
     """A profile file is not valid; the message names the line or the key."""
+
+
+class BenchError(XcalibError):
+    """A bench suite is malformed, or this machine cannot run it."""
 
 
 class XcalibWarning(UserWarning):

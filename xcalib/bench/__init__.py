@@ -3,6 +3,6 @@
 from xcalib.bench.plot import draw
 from xcalib.bench.report import render, summarise
 from xcalib.bench.run import run_bench
-from xcalib.bench.suites import SUITES, BenchError, Suite, suite_of
+from xcalib.bench.suites import SUITES, Suite, suite_of
 
-__all__ = ["SUITES", "BenchError", "Suite", "draw", "render", "run_bench", "suite_of", "summarise"]
+__all__ = ["SUITES", "Suite", "draw", "render", "run_bench", "suite_of", "summarise"]

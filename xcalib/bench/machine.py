@@ -4,10 +4,11 @@ import os
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from xcalib._machine import processor
 
 __all__ = ["describe_machine", "describe_versions"]
 
@@ -18,7 +19,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """JSON values: processor, and the GPU with what bounds it."""
     machine: dict[str, Any] = {
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "device": str(device),
     }
@@ -50,12 +51,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

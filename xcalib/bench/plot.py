@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xcalib.bench.suites import BenchError
+from xcalib.errors import BenchError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,13 +10,15 @@ from typing import Any
 
 import torch
 
+from xcalib._files import replace_file
 from xcalib.bench.data import Inputs, copies, structured_inputs, thresholds_for_density
 from xcalib.bench.machine import describe_machine, describe_versions
 from xcalib.bench.parts import Parts, Selected
 from xcalib.bench.peers import DENSE, SPARSE, Peer, missing
 from xcalib.bench.report import summarise
-from xcalib.bench.suites import BenchError, Suite, Task, suite_of
+from xcalib.bench.suites import Suite, Task, suite_of
 from xcalib.bench.timing import Budget, measure
+from xcalib.errors import BenchError
 from xcalib.kernels.backends import resolve
 from xcalib.kernels.geometry import Geometry
 from xcalib.progress import Progress, silent
@@ -89,11 +90,9 @@ def run_bench(
 
 
 def _write(results: dict[str, Any], out: Path) -> None:
-    """Beside the file, then renamed: a run that is stopped leaves what it had measured."""
+    """A run that is stopped leaves what it had measured."""
     results["summary"] = summarise(results)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    temporary.replace(out)
+    replace_file(out, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
 
 
 class _Runner:

@@ -4,13 +4,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from xcalib.errors import XcalibError
+from xcalib.errors import BenchError
 
-__all__ = ["SUITES", "BenchError", "Suite", "Task", "suite_of"]
-
-
-class BenchError(XcalibError):
-    """A suite is malformed, or this machine cannot run it."""
+__all__ = ["SUITES", "Suite", "Task", "suite_of"]
 
 
 @dataclass(frozen=True)

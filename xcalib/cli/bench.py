@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from xcalib.bench import BenchError, draw, render, run_bench, suite_of
+from xcalib.bench import draw, render, run_bench, suite_of
 from xcalib.cli import options as opt
 from xcalib.cli.output import console, print_json, progress, resumable
+from xcalib.errors import BenchError
 
 __all__ = ["bench"]
 

@@ -3,9 +3,10 @@
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 
 import torch
+
+from xcalib._machine import processor
 
 __all__ = ["environment"]
 
@@ -13,7 +14,7 @@ __all__ = ["environment"]
 def environment() -> dict[str, str | int]:
     """Processor, threads, GPU and versions, as plain JSON values."""
     found: dict[str, str | int] = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count() or 0,
         "torch_threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -24,13 +25,3 @@ def environment() -> dict[str, str | int]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from xcalib._files import replace_file
 from xcalib._yaml import one_line
 from xcalib.errors import CurvesError
 from xcalib.kernels.api import Pattern
@@ -158,15 +159,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         CurvesError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CurvesError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

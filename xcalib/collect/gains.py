@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from xcalib.collect.curves import CollectSettings
-from xcalib.models.logits import LogitHead
+from xcalib.models.logits import LogitHead, sampled_positions
 from xcalib.models.sparse import SparseAttention, SparsePlan
 from xcalib.models.structure import attention_layers
 
@@ -89,8 +89,7 @@ class GainMeter:
 
     def _compared(self, tokens: torch.Tensor) -> torch.Tensor:
         """Last hidden states at the positions that are compared, ``(positions, hidden)``."""
-        every = self._settings.gain_every
-        return self._head.prefill(tokens).hidden[every - 1 :: every].clone()
+        return self._head.prefill(tokens).hidden[sampled_positions(self._settings.gain_every)].clone()
 
     def _mean_kl(self, dense: torch.Tensor, hidden: list[torch.Tensor]) -> np.ndarray:
         return self._head.kl(dense, hidden).double().mean(dim=1).cpu().numpy()

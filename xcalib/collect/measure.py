@@ -11,6 +11,7 @@ from xcalib.collect.curves import CollectSettings
 from xcalib.errors import ModelError
 from xcalib.kernels import sweep_thresholds, visible_blocks
 from xcalib.models.attention import AttentionCall, patch_attention
+from xcalib.models.logits import sampled_positions
 from xcalib.models.structure import AttentionLayer, attention_layers, compact_projection, head_projection
 
 __all__ = ["SampleCurves", "Sweeper"]
@@ -81,8 +82,8 @@ class Sweeper:
                 hook.remove()
         if not bool(hidden.isfinite().all()):  # after the last attention, so no sweep has seen them
             raise ModelError(f"{type(self._model).__name__}: the last hidden states hold NaN or infinite numbers")
-        every = self._settings.gain_every
-        return self._gather(results, energies, reasons, len(tokens), hidden[every - 1 :: every].float().cpu().numpy())
+        compared = hidden[sampled_positions(self._settings.gain_every)].float().cpu().numpy()
+        return self._gather(results, energies, reasons, len(tokens), compared)
 
     def _sweep(self, call: AttentionCall) -> Any:
         settings = self._settings

@@ -13,7 +13,7 @@ from xcalib.evaluation.results import Evaluation, SampleResult, summarise
 from xcalib.evaluation.timing import Stopwatch
 from xcalib.evaluation.uniform import UniformPoint, uniform_at
 from xcalib.kernels import visible_blocks
-from xcalib.models.logits import LogitHead
+from xcalib.models.logits import LogitHead, sampled_positions
 from xcalib.models.sparse import SparseAttention, SparsePlan
 from xcalib.profile import Profile
 from xcalib.progress import Progress, silent
@@ -157,7 +157,7 @@ def _evaluate_sample(
     tokens = torch.tensor(sample.tokens, device=device)
     asks = bool(sample.answers) and tokenizer is not None
     watch = Stopwatch(device)
-    compared = slice(every - 1, None, every)
+    compared = sampled_positions(every)
     accuracy, hidden = [], []
     with watch:
         dense = head.prefill(tokens, use_cache=asks)

@@ -9,7 +9,12 @@ from torch.nn import functional
 
 from xcalib.errors import ModelError
 
-__all__ = ["Divergence", "LogitHead", "Prefill"]
+__all__ = ["Divergence", "LogitHead", "Prefill", "sampled_positions"]
+
+
+def sampled_positions(every: int) -> slice:
+    """Every ``every``-th position of a sample; odd numbers give every place within a block its turn."""
+    return slice(every - 1, None, every)
 
 
 @dataclass(frozen=True)
