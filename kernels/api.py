@@ -77,8 +77,8 @@ def estimate_blocks(
         scale: factor of the dot product, default ``1 / sqrt(head_dim)``; the score divides it by ``stride`` as well.
         pattern: which query of a group meets which key: antidiagonal, diagonal or random (one permutation drawn from ``seed``).
         seed: of the random pattern.
-        precision: ``"native"``, or ``"fp8"``: both operands are rounded to e4m3 first, with one scale per sequence and head
-            (Triton only; on GPUs that have fp8).
+        precision: ``"native"``, or ``"fp8"``: both operands are rounded to e4m3 first, with one scale per group of ``stride``
+            tokens (Triton only; on GPUs that have fp8).
         backend: ``"reference"``, ``"triton"`` or None: Triton on CUDA, the reference elsewhere, unless the environment variable
             ``XCALIB_BACKEND`` names one; see :mod:`xcalib.kernels.backends`.
 
@@ -276,7 +276,7 @@ def attend(
         backend: as in :func:`estimate_blocks`.
 
     Returns:
-        (output like ``query``, blocks kept, int64 ``(batch, q_heads)``, on the same device).
+        (output like ``query``, blocks kept of each query block, int32 ``(batch, q_heads, q_blocks)``, on the same device).
 
     Raises:
         ValueError: a shape, dtype or setting is not as above.
@@ -301,7 +301,7 @@ def attend(
         seed=0,
     )
     mask = reference.select_blocks(scores, thresholds, geometry, "threshold")
-    return reference.block_sparse_attention(query, key, value, mask, geometry, factor), mask.sum(dim=(-2, -1))
+    return reference.block_sparse_attention(query, key, value, mask, geometry, factor), mask.sum(-1, dtype=torch.int32)
 
 
 def sweep_thresholds(
@@ -344,7 +344,7 @@ def sweep_thresholds(
     check_grid(grid)
     check_projection(projection, query)
     for name, tensor in (("query", query), ("key", key), ("value", value), ("projection", projection)):
-        if not bool(tensor.isfinite().all()):
+        if not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # read once: NaN is the least and the largest
             raise ValueError(f"{name} holds NaN or infinite numbers, expected finite ones")
     scores = estimate_blocks(
         query,

@@ -5,10 +5,8 @@ the mask: a branch that all threads take together masks the tiles that reach pas
 the others cost what a dense kernel's do, and a short list has no second pipeline to fill. On Hopper and later the tiles come by
 TMA; where strides or addresses do not allow that, and before Hopper, by pointers.
 
-Programs start longest first: uneven heads would else leave the GPU idle at the end. The order has coarse classes (counts within
-a factor of two) and, inside a class, goes by key head and then by row, so that the programs in flight read the same keys from
-the L2 cache; a finer order would mix the heads and read all their keys at once. The hardware starts programs in order as others
-end, which balances as a persistent grid with a counter would, without its atomics.
+Programs start longest first (:mod:`xcalib.kernels.order`); the hardware starts the next as another ends. On Hopper a kernel of
+its own, :mod:`xcalib.kernels.attention_hopper`, takes the calls that it serves.
 """
 
 import functools
@@ -23,9 +21,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xcalib.kernels.geometry import Geometry
+from xcalib.kernels.order import launch_order
 from xcalib.kernels.selection import BlockLists
 from xcalib.kernels.tma import descriptor_strides, fits_tma
-from xcalib.kernels.tuning import Config, choose, interpreted, milliseconds
+from xcalib.kernels.tuning import Config, choose, family, interpreted, milliseconds
 
 __all__ = [
     "CANDIDATES",
@@ -61,7 +60,6 @@ FP32_CANDIDATES = (_config(8, 1, 64, 64), _config(8, 1, 64, 32), _config(8, 1, 3
 LOG2_E = math.log2(math.e)
 # So small a factor makes all weights of a row equal, as zero does, and times minus infinity is still minus infinity.
 LEAST_FACTOR = 1e-30
-ORDER_BLOCK = 1024
 TABLE_COLUMNS = 7
 
 
@@ -225,9 +223,24 @@ class _Call:
     scale: float
 
     def run(self) -> None:
-        order = _launch_order(self.counts, self.key.shape[1])
+        order = launch_order(self.counts, self.key.shape[1])
+        if self.table is None and self.lse is None and self._on_hopper(order):
+            return
         launch = functools.partial(self._launch, order=order, tma=fits_tma(self.query, self.key, self.value))
         launch(self._choose(launch))
+
+    def _on_hopper(self, order: torch.Tensor) -> bool:
+        """Whether Hopper's own kernel serves this call, and did."""
+        if interpreted() or family(self.query.device) != "sm90":
+            return False
+        from xcalib.kernels import attention_hopper  # only here, where Gluon is sure to be of use
+
+        tensors = (self.query, self.key, self.value)
+        if not attention_hopper.serves(*tensors, self.geometry):
+            return False
+        factor = max(self.scale * LOG2_E, LEAST_FACTOR)
+        attention_hopper.launch(*tensors, self.output, self.indices, self.counts, order, self.geometry, factor)
+        return True
 
     def _choose(self, launch: Callable[[Config], None]) -> Config:
         head_dim, size = self.query.shape[-1], self.geometry.block_size
@@ -320,36 +333,6 @@ def _sources(tensor: torch.Tensor, tokens: int, settings: dict[str, Any], tma: b
         for columns in (settings["WIDTH"], settings["REST"] or settings["WIDTH"])
     ]
     return width, rest
-
-
-def _launch_order(counts: torch.Tensor, k_heads: int) -> torch.Tensor:
-    """Slots, longest class first: int64 of the counts' size.
-
-    Slots number the rows of query blocks by batch, key head, descending row and head of the group, in this order of
-    significance; the sort is stable.
-    """
-    _, q_heads, rows = counts.shape
-    classes = torch.empty(counts.numel(), dtype=torch.uint8, device=counts.device)
-    _class_kernel[(triton.cdiv(counts.numel(), ORDER_BLOCK),)](
-        counts, classes, counts.numel(), rows, q_heads // k_heads, SLOTS=ORDER_BLOCK
-    )
-    return torch.sort(classes, stable=True).indices
-
-
-@triton.jit
-def _locate(slot, rows, group):
-    """Sequence and key head (as one number), row, and head of the group."""
-    return slot // (rows * group), rows - 1 - slot // group % rows, slot % group
-
-
-@triton.jit(do_not_specialize=["slots", "rows"])
-def _class_kernel(counts_ptr, classes_ptr, slots, rows, group, SLOTS: tl.constexpr):
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    kv_head, row, member = _locate(slot, rows, group)
-    count = tl.load(counts_ptr + (kv_head * group + member) * rows + row, mask=slot < slots, other=0)  # (SLOTS,)
-    # a float's exponent is the logarithm
-    exponent = count.to(tl.float32).to(tl.int32, bitcast=True) >> 23
-    tl.store(classes_ptr + slot, (255 - exponent).to(tl.uint8), mask=slot < slots)
 
 
 @triton.jit
@@ -639,11 +622,11 @@ def _attention_kernel(
     REST: tl.constexpr,
 ):
     PARTS: tl.constexpr = BLOCK_SIZE // BLOCK_M
-    slot = tl.load(order_ptr + tl.program_id(0) // PARTS).to(tl.int32)
-    kv_head, row, member = _locate(slot, rows, group)
-    batch, kv_head = kv_head // k_heads, kv_head % k_heads
-    heads, head = k_heads * group, kv_head * group + member
-    count = tl.load(counts_ptr + (batch * heads + head) * rows + row)
+    number = tl.load(order_ptr + tl.program_id(0) // PARTS)
+    count = tl.load(counts_ptr + number)
+    heads, row = k_heads * group, number % rows
+    batch, head = number // rows // heads, number // rows % heads
+    kv_head = head // group
     first_query, queries, position, first_key, k_len, entry = _row_place(
         batch, head, row, heads, rows, length, k_len, k_blocks, table_ptr, BLOCK_SIZE, VARLEN
     )

@@ -54,16 +54,29 @@ class Geometry:
 
     def visible(self, device: torch.device | None = None) -> torch.Tensor:
         """Bool ``(q_blocks, k_blocks)``."""
-        counts = torch.tensor([self.visible_k_blocks(row) for row in range(self.q_blocks)], device=device)
-        return torch.arange(self.k_blocks, device=device) < counts[:, None]
+        blocks = torch.arange(self.k_blocks, device=device)
+        if not self.causal:
+            return (blocks >= 0).expand(self.q_blocks, -1)
+        _, last = self._own_blocks(device)
+        return blocks <= last[:, None]
 
     def always_kept(self, device: torch.device | None = None) -> torch.Tensor:
         """Bool ``(q_blocks, k_blocks)``: the sink (key block 0) and each query block's own key blocks."""
-        own = torch.tensor([self.own_k_blocks(row) for row in range(self.q_blocks)], device=device)  # (nq, 2)
+        first, last = self._own_blocks(device)
         blocks = torch.arange(self.k_blocks, device=device)
-        return (blocks == 0) | ((blocks >= own[:, :1]) & (blocks < own[:, 1:]))
+        return (blocks == 0) | ((blocks >= first[:, None]) & (blocks <= last[:, None]))
 
     @property
     def visible_count(self) -> int:
         """Blocks that dense attention computes for one head of one sequence."""
-        return sum(self.visible_k_blocks(row) for row in range(self.q_blocks))
+        if not self.causal:
+            return self.q_blocks * self.k_blocks
+        full = self.q_blocks - 1  # rows of block_size queries: each sees one block more than the row before
+        first = self.visible_k_blocks(0) if full else 0
+        return full * first + full * (full - 1) // 2 + self.visible_k_blocks(full)
+
+    def _own_blocks(self, device: torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and last key block of each query block's own positions, int64 ``(q_blocks,)``; nothing makes the host wait."""
+        starts = torch.arange(0, self.q_len, self.block_size, device=device)
+        ends = (starts + self.block_size).clamp_(max=self.q_len)
+        return (self.offset + starts) // self.block_size, (self.offset + ends - 1) // self.block_size

@@ -74,9 +74,10 @@ def attend(
     """Score, select and attend; arguments as in :func:`choose_blocks`, ``value`` like ``key``.
 
     Returns:
-        (output like ``query``, blocks kept, int64 ``(batch, q_heads)``); nothing makes the host wait.
+        (output like ``query``, blocks kept of each query block, int32 ``(batch, q_heads, q_blocks)``); nothing makes the host
+        wait.
     """
     lists = choose_blocks(
         query, key, limits, geometry, stride=stride, scale=scale, pattern=pattern, precision=precision
     )
-    return block_sparse_attention(query, key, value, lists, geometry, scale), lists.counts.sum(-1)
+    return block_sparse_attention(query, key, value, lists, geometry, scale), lists.counts

@@ -16,15 +16,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xcalib.kernels.geometry import Geometry
+from xcalib.kernels.quantise import quantise_groups
 from xcalib.kernels.reference import strided_order
 from xcalib.kernels.selection import average_lse
 from xcalib.kernels.tma import descriptor_strides, fits_tma
-from xcalib.kernels.tuning import Config, choose, family, interpreted, milliseconds
+from xcalib.kernels.tuning import Config, choose, interpreted, milliseconds
 
 __all__ = ["block_lse", "estimate_blocks", "scoring_chunk"]
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
 MIN_ROWS_PER_HEAD = 8  # of a tile that several heads share
 
 
@@ -37,7 +36,10 @@ CANDIDATES = (
     _candidate(64, 64, 128, 8, 3),
     _candidate(128, 256, 64, 8, 4),
     _candidate(128, 256, 64, 8, 3),
+    _candidate(128, 256, 128, 8, 4),
     _candidate(128, 256, 128, 8, 3),
+    _candidate(256, 128, 128, 8, 4),
+    _candidate(128, 128, 128, 4, 3),
     _candidate(256, 128, 64, 8, 3),
     _candidate(128, 128, 64, 8, 3),
     _candidate(128, 128, 64, 4, 3),
@@ -104,7 +106,7 @@ def block_lse(
         scale: factor of the dot product; the logit divides it by S as well.
         pattern: which query of a group meets which key: antidiagonal, diagonal or random (one permutation drawn from ``seed``).
         seed: of the random pattern.
-        precision: ``"native"``, or ``"fp8"``: both operands are copied to e4m3, one scale per sequence and head.
+        precision: ``"native"``, or ``"fp8"``: both operands are copied to e4m3, one scale per group of S tokens.
         k_heads: the key heads to score; their query heads come along.
 
     Returns:
@@ -117,10 +119,10 @@ def block_lse(
     group = query.shape[1] // key.shape[1]
     first, last, _ = k_heads.indices(key.shape[1])
     query, key = query[:, first * group : last * group], key[:, first:last]
-    q_scale = k_scale = None
+    q_scales = k_scales = None
     if precision == "fp8":
-        query, q_scale = _quantise(query)
-        key, k_scale = _quantise(key)
+        query, q_scales = quantise_groups(query, stride)
+        key, k_scales = quantise_groups(key, stride)
     geometry = Geometry(query.shape[2], key.shape[2], block_size, causal)
     shape = (*query.shape[:2], -(-geometry.q_len // stride), geometry.k_blocks)
     lse = torch.empty(shape, dtype=torch.float32, device=query.device)
@@ -134,8 +136,8 @@ def block_lse(
             *query.stride()[:3],
             *key.stride()[:3],
             order_ptr=order,
-            q_scale_ptr=q_scale,
-            k_scale_ptr=k_scale,
+            q_scales_ptr=q_scales,
+            k_scales_ptr=k_scales,
             lse_ptr=lse,
             q_len=geometry.q_len,
             k_len=geometry.k_len,
@@ -173,7 +175,7 @@ def _arguments(
 ) -> dict[str, Any]:
     """Tile sizes, what depends on them, and the descriptors where the tensors and the GPU allow TMA."""
     block_m, group = config.tiles["BLOCK_M"], query.shape[1] // key.shape[1]
-    chunk = _feature_chunk(query.shape[3], config.tiles["BLOCK_D"])
+    chunk = _feature_chunk(query.shape[3], config.tiles["BLOCK_D"], 32 // min(2, query.element_size()))
     pack = _pack(group, -(-geometry.q_len // stride), block_m)
     # a descriptor addresses full groups, of which there must be one
     q_tma = pack == 1 and geometry.q_len >= stride and fits_tma(query)
@@ -209,9 +211,12 @@ def _pack(group: int, q_groups: int, block_m: int) -> int:
     return pack
 
 
-def _feature_chunk(head_dim: int, limit: int) -> int:
-    """Features per step of the GEMM: the largest power of two up to ``limit`` that divides ``head_dim``, at least 16."""
-    return max(16, min(limit, head_dim & -head_dim))
+def _feature_chunk(head_dim: int, limit: int, least: int) -> int:
+    """Features per step of the GEMM: the largest power of two up to ``limit`` that divides ``head_dim``, at least ``least``.
+
+    The tensor cores take 16 features of 2 bytes at once, or 32 of 1.
+    """
+    return max(least, min(limit, head_dim & -head_dim))
 
 
 def _descriptor(tokens: torch.Tensor, stride: int, groups: int, features: int) -> TensorDescriptor:
@@ -224,65 +229,6 @@ def _descriptor(tokens: torch.Tensor, stride: int, groups: int, features: int) -
         strides=[steps[0], steps[1], steps[2], steps[2] * stride, 1],
         block_shape=[1, 1, 1, groups, features],
     )
-
-
-def _quantise(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 copies of ``(batch, heads, length, head_dim)`` tokens, the largest of each head at the end of the range.
-
-    Returns:
-        (e4m3 of the same shape, rows at multiples of 16 bytes as TMA needs; fp32 ``(batch, heads)`` factor to undo it).
-    """
-    where = family(tokens.device)
-    if where.startswith("sm") and int(where[2:]) < 90:
-        raise ValueError(
-            f"precision is 'fp8', which needs a GPU of compute capability 9.0 or more, this one is {where}"
-        )
-    batch, heads, length, head_dim = tokens.shape
-    peak = torch.linalg.vector_norm(tokens, torch.inf, dim=(2, 3)).float()
-    scale = torch.where(peak > 0, peak / FP8_MAX, 1.0)
-    copy = torch.empty((batch, heads, length, -(-head_dim // 16) * 16), dtype=FP8, device=tokens.device)
-    copy = copy[..., :head_dim]
-    rows = 32
-    _quantise_kernel[(triton.cdiv(length, rows), heads, batch)](
-        tokens,
-        *tokens.stride()[:3],
-        scale,
-        copy,
-        *copy.stride()[:3],
-        length,
-        HEAD_DIM=head_dim,
-        BLOCK_L=rows,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-    )
-    return copy, scale
-
-
-@triton.jit(do_not_specialize=["length"])
-def _quantise_kernel(
-    tokens_ptr,
-    stride_batch,
-    stride_head,
-    stride_token,
-    scale_ptr,
-    copy_ptr,
-    copy_stride_batch,
-    copy_stride_head,
-    copy_stride_token,
-    length,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rows = (tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)[:, None]
-    features = tl.arange(0, BLOCK_D)[None, :]
-    exists = (rows < length) & (features < HEAD_DIM)
-    tokens_ptr += sequence * stride_batch + head * stride_head
-    tokens = tl.load(tokens_ptr + rows * stride_token + features, mask=exists, other=0.0)  # (BLOCK_L, BLOCK_D)
-    scale = tl.load(scale_ptr + sequence * tl.num_programs(1) + head)
-    scaled = tl.clamp(tokens.to(tl.float32) / scale, -448.0, 448.0)
-    copy_ptr += sequence * copy_stride_batch + head * copy_stride_head
-    tl.store(copy_ptr + rows * copy_stride_token + features, scaled.to(tl.float8e4nv), mask=exists)
 
 
 @triton.jit
@@ -354,12 +300,18 @@ def _log2(x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _log_sum(logits, PER_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
-    """log2(sum(2 ** logits)) over each PER_BLOCK columns, relative to the row's peak over all columns."""
+def _log_sum(logits, scales, PER_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
+    """log2(sum(2 ** (logits * scales))) over each PER_BLOCK columns, relative to the row's peak over all columns.
+
+    ``scales``, one for each row, are above 0; None are all 1.
+    """
     BLOCK_M: tl.constexpr = logits.shape[0]
     BLOCK_N: tl.constexpr = logits.shape[1]
     peak = tl.max(logits, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
+    if scales is not None:
+        peak *= scales
+        logits *= scales[:, None]
     weights = tl.exp2(logits - peak[:, None])
     total = tl.sum(weights.reshape(BLOCK_M, BLOCK_N // PER_BLOCK, PER_BLOCK), 2)
     return _log2(total, INTERPRETED) + peak[:, None]
@@ -406,8 +358,8 @@ def _score_kernel(
     query_desc,
     key_desc,
     order_ptr,  # int32 (STRIDE,), random pattern only
-    q_scale_ptr,  # fp32 (batch, q_heads), fp8 only
-    k_scale_ptr,  # fp32 (batch, k_heads), fp8 only
+    q_scales_ptr,  # fp32 (batch, q_heads, q_groups), fp8 only
+    k_scales_ptr,  # fp32 (batch, k_heads, k_groups), fp8 only
     lse_ptr,  # (batch, q_heads, q_groups, k_blocks)
     q_len,
     k_len,
@@ -444,6 +396,13 @@ def _score_kernel(
     heads = q_head + tl.arange(0, BLOCK_M) // ROWS  # (BLOCK_M,)
     rows = first_row + tl.arange(0, BLOCK_M) % ROWS
     columns = first_column + tl.arange(0, BLOCK_N)
+    q_groups, k_groups = (q_len + STRIDE - 1) // STRIDE, (k_len + STRIDE - 1) // STRIDE
+    places = (sequence.to(tl.int64) * k_heads * GROUP + heads) * q_groups + rows  # (BLOCK_M,)
+    q_scales = None
+    if q_scales_ptr is not None:  # now: the loads pass behind the products
+        q_scales = tl.load(q_scales_ptr + places, mask=rows < q_groups, other=1.0)
+        k_scales_ptr += (sequence.to(tl.int64) * k_heads + k_head) * k_groups
+        factor *= tl.load(k_scales_ptr + columns, mask=columns < k_groups, other=0.0)  # (BLOCK_N,)
 
     # TMA sees full groups only: tiles that hold a part of one are read through pointers
     whole = True
@@ -470,15 +429,9 @@ def _score_kernel(
             PATTERN, STRIDE, HEAD_DIM, False, False, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
-    q_heads = k_heads * GROUP
-    if q_scale_ptr is not None:
-        q_scales = tl.load(q_scale_ptr + sequence * q_heads + heads)  # (BLOCK_M,)
-        factor *= tl.load(k_scale_ptr + sequence * k_heads + k_head)
-        logits = dots * (q_scales * factor)[:, None]  # (BLOCK_M, BLOCK_N), to base 2
-    else:
-        logits = dots * factor
+    logits = dots * factor  # (BLOCK_M, BLOCK_N), to base 2, but for q_scales
     # column j is visible to row i when j * S <= offset + i * S + S - 1
-    end_column = (k_len + STRIDE - 1) // STRIDE - first_column
+    end_column = k_groups - first_column
     first_hidden = (offset + STRIDE - 1) // STRIDE + 1 - first_column
     edge = end_column < BLOCK_N
     if CAUSAL:
@@ -488,11 +441,9 @@ def _score_kernel(
         if CAUSAL:
             exists = exists & (tl.arange(0, BLOCK_N)[None, :] < (first_hidden + rows)[:, None])
         logits = tl.where(exists, logits, float("-inf"))
-    lse = _log_sum(logits, PER_BLOCK, INTERPRETED)  # (BLOCK_M, BLOCK_N / PER_BLOCK)
+    lse = _log_sum(logits, q_scales, PER_BLOCK, INTERPRETED)  # (BLOCK_M, BLOCK_N / PER_BLOCK)
 
-    q_groups = (q_len + STRIDE - 1) // STRIDE
     k_blocks = (k_len + BLOCK_SIZE - 1) // BLOCK_SIZE
     blocks = first_column // PER_BLOCK + tl.arange(0, BLOCK_N // PER_BLOCK)
-    places = (sequence.to(tl.int64) * q_heads + heads) * q_groups + rows  # (BLOCK_M,)
     lse_ptrs = lse_ptr + places[:, None] * k_blocks + blocks[None, :]
     tl.store(lse_ptrs, lse, mask=(rows < q_groups)[:, None] & (blocks < k_blocks)[None, :])

@@ -1,18 +1,23 @@
 """What every threshold of a grid does to each head, from one pass over the blocks (the Triton form of the reference's sweep).
 
 A query block's key blocks fall into levels: level ``l`` holds those that the grid's threshold ``l`` keeps and the one before
-drops. The first kernel attends to each level by itself and writes the level's mean value and log-mass, as split-key
-decoding does. The second merges the levels of each query: what threshold ``l`` keeps has a mean, so has what it drops, and
+drops. A program walks a row of blocks in order of level, in one software pipeline. Where the level changes it writes the level's
+mean value, and the share that the level has of all that is kept with it, and begins anew. At the row's end it merges these:
 
-    O_l - O_dense = dropped mass * (kept mean - dropped mean),
+    O_l-1 - O_l = share of l * (mean of what l-1 keeps - mean of l),
 
-so nothing nearly equal is subtracted however little is dropped, and no mass underflows however small it is. Values are
-projected first, by a square factor of W_o,h W_o,h^T, so that the squared norm of that difference is the error.
+whose sums from the last level on are O_l - O_dense. Both factors keep their digits however little a level weighs, so nothing
+nearly equal is subtracted and no mass underflows. Values are projected first, by a square factor of W_o,h W_o,h^T, so that the
+squared norm of that difference is the error.
+
+Programs take tiles of queries from a counter, and each reuses its own memory for the levels' means.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -23,155 +28,239 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.reference import SweepResult, block_levels
 from xcalib.kernels.tma import descriptor_strides, fits_tma
-from xcalib.kernels.tuning import Config, choose, interpreted, milliseconds
+from xcalib.kernels.tuning import Config, choose, milliseconds
 
-__all__ = ["ATTENTION_CANDIDATES", "ERROR_CANDIDATES", "sweep_thresholds"]
+__all__ = ["CANDIDATES", "FP32_CANDIDATES", "sweep_thresholds"]
 
-ATTENTION_CANDIDATES = (
-    Config(8, 2, {"BLOCK_M": 128, "BLOCK_N": 128}),
-    Config(8, 3, {"BLOCK_M": 128, "BLOCK_N": 64}),
-    Config(8, 2, {"BLOCK_M": 128, "BLOCK_N": 64}),
-    Config(4, 3, {"BLOCK_M": 64, "BLOCK_N": 64}),
-    Config(4, 2, {"BLOCK_M": 64, "BLOCK_N": 64}),
+
+def _config(num_warps: int, num_stages: int, block_m: int, block_n: int, **options: int) -> Config:
+    return Config(num_warps, num_stages, {"BLOCK_M": block_m, "BLOCK_N": block_n, **options})
+
+
+# COLUMNS of the means are merged at a time.
+CANDIDATES = (
+    _config(8, 2, 64, 64, COLUMNS=64),
+    _config(8, 2, 128, 64, COLUMNS=64),
+    _config(4, 2, 64, 64, COLUMNS=64),
+    _config(8, 3, 128, 64, COLUMNS=64),
+    _config(8, 2, 128, 128, COLUMNS=64),
 )
 # IEEE arithmetic uses no tensor cores, and each thread holds whole rows of its operands: tiles are small.
-FP32_CANDIDATES = (Config(8, 1, {"BLOCK_M": 64, "BLOCK_N": 64}), Config(8, 1, {"BLOCK_M": 32, "BLOCK_N": 32}))
-# ROWS queries at a time, one per warp, which holds (LEVEL_BLOCK, COLUMNS) in registers.
-ERROR_CANDIDATES = (
-    Config(4, 2, {"ROWS": 4, "COLUMNS": 64}),
-    Config(4, 3, {"ROWS": 4, "COLUMNS": 32}),
-    Config(2, 2, {"ROWS": 2, "COLUMNS": 64}),
-    Config(8, 1, {"ROWS": 4, "COLUMNS": 32}),
-)
+FP32_CANDIDATES = (_config(8, 1, 64, 64, COLUMNS=64), _config(8, 1, 32, 32, COLUMNS=64))
 
 LOG2_E = math.log2(math.e)
-LN_2 = tl.constexpr(math.log(2))
-# fp16 keeps 11 bits of what is at least 2^-14: weights, at most 1, are shifted up, and values scaled to its upper end.
+# So small a factor makes all weights of a row equal, as zero does.
+LEAST_FACTOR = 1e-30
+# fp16 keeps 11 bits of what is at least 2^-14: weights, at most 1, are shifted up.
 FP16_SHIFT = 14
-VALUE_EXPONENT = 15
-# The squares of small dropped masses would be subnormal.
+# Values and factors are scaled so that projected values, and their differences, stay below fp16's largest number, 2^16.
+OPERAND_EXPONENT = 7
+# The squares of small shares would be subnormal.
 MASS_EXPONENT = 30
-# Bounds of what is in flight at once: the levels' means, the projected values in fp32, the block scores of some heads.
+# Of a level's mean, changed to another layout at a time.
+PIECE_BYTES = 2**14
+# A row's entries are a level times this, and a block.
+LEVEL_STEP = tl.constexpr(2**16)
+# Bounds of what is in flight at once: the levels' means, the projected values, the block scores of some heads.
 SCRATCH_BYTES = 2**30
-PROJECTED_ELEMENTS = 2**27
+PROJECTED_ELEMENTS = 2**28
 SCORE_ELEMENTS = 2**24
 
 
 # Not worth a kernel of their own for each kind of number.
-RUNTIME = ["first_program", "first_head", "heads", "group", "q_len", "k_len", "q_blocks", "k_blocks", "levels"]
+RUNTIME = ["first_head", "heads", "group", "q_len", "k_len", "q_blocks", "k_blocks", "levels", "numbers"]
 
 
 @triton.jit
 def _load_tokens(
-    source,
+    source,  # descriptor, or pointer to (batch, heads, tokens, head_dim)
+    strides,  # of batch, heads and tokens
     batch,
     head,
     first,
     length,
-    token_stride,
     TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """Tokens of one head, zeros past the end; ``source`` is a descriptor, or a pointer to the head's first token."""
+    """Tokens of one head, zeros past the end."""
     if USE_TMA:
         tile = source.load([batch, head, first, 0]).reshape(TOKENS, BLOCK_D)
     else:
         tokens = first + tl.arange(0, TOKENS)
         columns = tl.arange(0, BLOCK_D)
         inside = (tokens < length)[:, None] & (columns < HEAD_DIM)[None, :]
-        tile = tl.load(source + tokens.to(tl.int64)[:, None] * token_stride + columns[None, :], mask=inside, other=0.0)
+        source += tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+        tile = tl.load(source + tokens.to(tl.int64)[:, None] * strides[2] + columns[None, :], mask=inside, other=0.0)
     return tile  # (TOKENS, BLOCK_D)
 
 
 @triton.jit
-def _attend_level(
-    query,
-    key,
-    value,
+def _close_level(
+    mean_ptr,  # (levels, BLOCK_M, BLOCK_D)
+    mass_ptr,  # (2 + levels, BLOCK_M): peak and mass of all that is kept so far; each level's share of what is kept with it
+    number,  # of the level, among those that hold blocks
+    peak,  # (BLOCK_M,)
+    mass,  # (BLOCK_M, 8)
+    total,  # (BLOCK_M, BLOCK_D)
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Writes a level's mean and share. What is kept waits in memory: the loop over tiles has no register to spare.
+
+    Threads may read there what others wrote a level before: every tile's operands go through shared memory, behind a barrier.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    mass_ptr += rows
+    level_mass = tl.sum(mass, 1)
+    kept_peak = tl.load(mass_ptr)
+    new_peak = tl.maximum(peak, kept_peak)
+    own = level_mass * tl.exp2(peak - new_peak)
+    kept_mass = tl.load(mass_ptr + BLOCK_M) * tl.exp2(kept_peak - new_peak) + own
+    tl.store(mass_ptr, new_peak)
+    tl.store(mass_ptr + BLOCK_M, kept_mass)
+    tl.store(mass_ptr + (2 + number) * BLOCK_M, own / kept_mass)
+    mean = (total * (1.0 / level_mass)[:, None]).to(mean_ptr.dtype.element_ty)
+    # In pieces: shared memory for the change of layout, taken beside the pipeline's, decides how many programs fit.
+    columns = tl.arange(0, BLOCK_D // PIECES)
+    mean_ptr += number * (BLOCK_M * BLOCK_D) + rows[:, None] * BLOCK_D + columns[None, :]
+    if PIECES == 1:
+        tl.store(mean_ptr, mean)
+    else:
+        left, right = mean.reshape(BLOCK_M, 2, BLOCK_D // 2).permute(0, 2, 1).split()
+        tl.store(mean_ptr, left)
+        tl.store(mean_ptr + BLOCK_D // 2, right)
+
+
+@triton.jit
+def _attend_levels(
+    query,  # (BLOCK_M, BLOCK_D)
+    keys,  # source and strides
+    values,
+    place,  # batch, query head among those of ``value``, key head, keys
     entry_ptr,
-    start,
-    stop,
-    first_entry,
-    batch,
-    head,
-    kv_head,
-    position,
-    k_len,
-    key_stride,
-    value_stride,
-    scale_log2,
+    count,
+    seen,  # keys that the first query sees; the following ones see CAUSAL more each
+    scale,
+    mean_ptr,
+    mass_ptr,
+    SHIFT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PIECES: tl.constexpr,
     CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PRECISION: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """Attention to the blocks ``entry_ptr[start:stop] - first_entry``: their mean value and log-mass."""
+    """Each level of a row by itself: writes means and shares one after the other and returns how many there are."""
     TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # of the logits before scaling
-    mass = tl.zeros((BLOCK_M,), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # of the scaled logits
+    mass = tl.zeros((BLOCK_M, 8), tl.float32)  # sums of every eighth key: a thread's own registers
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for step in range(start * TILES, stop * TILES):
-        block = tl.load(entry_ptr + step // TILES) - first_entry
-        column = block * BLOCK_SIZE + (step % TILES) * BLOCK_N
-        keys = _load_tokens(key, batch, kv_head, column, k_len, key_stride, BLOCK_N, HEAD_DIM, BLOCK_D, USE_TMA)
+    tl.store(mass_ptr + tl.arange(0, BLOCK_M), peak)
+    tl.store(mass_ptr + BLOCK_M + tl.arange(0, BLOCK_M), tl.zeros((BLOCK_M,), tl.float32))
+    written = 0
+    following = tl.load(entry_ptr)
+    level = following // LEVEL_STEP
+    for step in tl.range(0, count * TILES):
+        entry = following
+        # the next entry already: its latency passes behind this tile's arithmetic
+        following = tl.load(entry_ptr + tl.minimum((step + 1) // TILES, count - 1))
+        start = entry % LEVEL_STEP * BLOCK_SIZE + step % TILES * BLOCK_N
+        if entry // LEVEL_STEP != level:
+            _close_level(mean_ptr, mass_ptr, written, peak, mass, total, BLOCK_M, BLOCK_D, PIECES)
+            written += 1
+            level = entry // LEVEL_STEP
+            peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # what was summed before decays to zero
+        key = _load_tokens(keys[0], keys[1], place[0], place[2], start, place[3], BLOCK_N, HEAD_DIM, BLOCK_D, USE_TMA)
         # (BLOCK_M, BLOCK_D) x (BLOCK_D, BLOCK_N)
-        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
-        if MASKED:
-            columns = column + tl.arange(0, BLOCK_N)
-            visible = (columns < k_len)[None, :]
-            if CAUSAL:
-                visible = visible & (columns[None, :] <= position[:, None])
-            logits = tl.where(visible, logits, float("-inf"))
-        # A level's first tile holds a key that every query sees: the peak is finite from the first step on.
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        rescale = tl.exp2((peak - new_peak) * scale_log2)
-        weights = tl.exp2(logits * scale_log2 - (new_peak * scale_log2 - SHIFT)[:, None])
-        mass = mass * rescale + tl.sum(weights, 1)
-        values = _load_tokens(value, batch, head, column, k_len, value_stride, BLOCK_N, HEAD_DIM, BLOCK_D, USE_TMA)
-        # (BLOCK_M, BLOCK_N) x (BLOCK_N, BLOCK_D)
-        total = tl.dot(weights.to(values.dtype), values, total * rescale[:, None], input_precision=PRECISION)
+        logits = tl.dot(query, key.T, input_precision="ieee")
+        if start + BLOCK_N > tl.minimum(seen, place[3]):
+            limit = tl.minimum(seen + CAUSAL * tl.arange(0, BLOCK_M), place[3])
+            inside = start + tl.arange(0, BLOCK_N)[None, :] < limit[:, None]
+            logits = tl.where(inside, logits, float("-inf"))
+        # A level's first tile holds a key that every query sees: the peak is finite from then on.
+        new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
+        decay = tl.exp2(peak - new_peak)
+        weights = tl.exp2(logits * scale - (new_peak - SHIFT)[:, None])
+        mass = mass * decay[:, None] + tl.sum(weights.reshape(BLOCK_M, BLOCK_N // 8, 8), 1)
         peak = new_peak
-    return total / mass[:, None], (peak * scale_log2 - SHIFT + tl.log2(mass)) * LN_2
+        value = _load_tokens(
+            values[0], values[1], place[0], place[1], start, place[3], BLOCK_N, HEAD_DIM, BLOCK_D, USE_TMA
+        )
+        # (BLOCK_M, BLOCK_N) x (BLOCK_N, BLOCK_D)
+        total = tl.dot(weights.to(value.dtype), value, total * decay[:, None], input_precision="ieee")
+    tl.debug_barrier()
+    _close_level(mean_ptr, mass_ptr, written, peak, mass, total, BLOCK_M, BLOCK_D, PIECES)
+    return written + 1
 
 
 @triton.jit
-def _store_level(
-    mean_ptr, mass_ptr, mean, mass, level, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+def _merge_levels(
+    mean_ptr,  # (levels, BLOCK_M, BLOCK_D); becomes what is kept before a level minus that level's mean
+    mass_ptr,  # (2 + levels, BLOCK_M)
+    error_ptr,  # (BLOCK_D / COLUMNS, levels of the grid)
+    count,
+    queries,
+    levels,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UPSCALE: tl.constexpr,
 ):
-    rows = level * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    inside = tl.broadcast_to((columns < HEAD_DIM)[None, :], (BLOCK_M, BLOCK_D))
-    tl.store(mean_ptr + rows[:, None] * HEAD_DIM + columns[None, :], mean.to(mean_ptr.dtype.element_ty), mask=inside)
-    tl.store(mass_ptr + rows, mass)
+    """Squared difference from the dense output where only the levels before each are kept, summed over the tile's queries."""
+    rows = tl.arange(0, BLOCK_M)
+    exists = rows < queries
+    for part in tl.static_range(BLOCK_D // COLUMNS):
+        offsets = rows[:, None] * BLOCK_D + (part * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+        kept = tl.load(mean_ptr + offsets).to(tl.float32)  # (BLOCK_M, COLUMNS)
+        for level in tl.range(1, count, num_stages=3):
+            target_ptr = mean_ptr + level * (BLOCK_M * BLOCK_D) + offsets
+            difference = kept - tl.load(target_ptr).to(tl.float32)
+            tl.store(target_ptr, difference.to(mean_ptr.dtype.element_ty))
+            kept -= tl.load(mass_ptr + (2 + level) * BLOCK_M + rows)[:, None] * difference
+        tl.debug_barrier()
+        error = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+        # zero, unless something was not a number
+        unsound = tl.where(exists, tl.sum(kept * 0.0, 1), 0.0)
+        tl.store(error_ptr + part * levels + count - 1, tl.sum(unsound))
+        for step in tl.range(1, count, num_stages=3):
+            level = count - step
+            difference = tl.load(mean_ptr + level * (BLOCK_M * BLOCK_D) + offsets).to(tl.float32)
+            share = tl.load(mass_ptr + (2 + level) * BLOCK_M + rows) * UPSCALE
+            error += share[:, None] * difference
+            squares = tl.where(exists, tl.sum(error * error, 1), 0.0)
+            tl.store(error_ptr + part * levels + level - 1, tl.sum(squares))
+
+
+@triton.jit
+def _place_of(number, pairs, tiles):
+    """Head and tile of a running number: head after head, longest rows first, and short rows of all heads at the end."""
+    later = tiles // 2
+    first = number < pairs * (tiles - later)
+    among = tl.where(first, tiles - later, later)
+    number = tl.where(first, number, number - pairs * (tiles - later))
+    return number // among, tl.where(first, tiles, later) - 1 - number % among
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def _level_attention_kernel(
+def _sweep_kernel(
     query_ptr,
     key,  # descriptor of, or pointer to, (batch, k_heads, k_len, head_dim)
     value,  # likewise (batch, heads, k_len, head_dim), projected
-    entry_ptr,  # (batch, heads, q_blocks, k_blocks): level * k_blocks + block, ascending
+    entry_ptr,  # (batch, heads, q_blocks, k_blocks): level and block, levels ascending, invisible blocks last
     bound_ptr,  # (batch, heads, q_blocks, levels + 1): where each level begins among a row's entries
-    mean_ptr,  # (programs, levels, BLOCK_M, head_dim)
-    mass_ptr,  # (programs, levels, BLOCK_M): natural logarithms, -inf where a level holds no block
-    query_stride_batch,
-    query_stride_head,
-    query_stride,
-    key_stride_batch,
-    key_stride_head,
-    key_stride,
-    value_stride_batch,
-    value_stride_head,
-    value_stride,
-    first_program,
+    mean_ptr,  # (programs, levels, BLOCK_M, BLOCK_D), of the levels that hold blocks
+    mass_ptr,  # (programs, 2 + levels, BLOCK_M)
+    error_ptr,  # (batch, heads, tiles, BLOCK_D / COLUMNS, levels), likewise
+    counter_ptr,
+    query_strides,  # of batch, heads and tokens
+    key_strides,
+    value_strides,
     first_head,
     heads,
     group,
@@ -180,124 +269,46 @@ def _level_attention_kernel(
     q_blocks,
     k_blocks,
     levels,
-    scale_log2,
+    numbers,
+    scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr,
     CAUSAL: tl.constexpr,
-    RAGGED: tl.constexpr,
-    SIGN: tl.constexpr,
     SHIFT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    UPSCALE: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """Each level of one query tile by itself: its mean projected value and its log-mass, per query."""
-    slot = tl.program_id(0)
+    mean_ptr += tl.program_id(0).to(tl.int64) * levels * (BLOCK_M * BLOCK_D)
+    mass_ptr += tl.program_id(0).to(tl.int64) * (2 + levels) * BLOCK_M
     tiles = tl.cdiv(q_len, BLOCK_M)
-    pair = (first_program + slot) // tiles
-    tile = tiles - 1 - (first_program + slot) % tiles  # the longest rows first
-    batch = pair // heads
-    head = pair % heads
-    kv_head = (first_head + head) // group
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    query_ptr += batch.to(tl.int64) * query_stride_batch + (first_head + head).to(tl.int64) * query_stride_head
-    inside = (rows < q_len)[:, None] & (columns < HEAD_DIM)[None, :]
-    query_offsets = rows.to(tl.int64)[:, None] * query_stride + columns[None, :]
-    query = tl.load(query_ptr + query_offsets, mask=inside, other=0.0)  # (BLOCK_M, BLOCK_D)
-    if SIGN != 1:
-        query = query * SIGN
-    if not USE_TMA:
-        key += batch.to(tl.int64) * key_stride_batch + kv_head.to(tl.int64) * key_stride_head
-        value += batch.to(tl.int64) * value_stride_batch + head.to(tl.int64) * value_stride_head
-    position = k_len - q_len + rows
-    row = pair.to(tl.int64) * q_blocks + tile * BLOCK_M // BLOCK_SIZE
-    entry_ptr += row * k_blocks
-    bound_ptr += row * (levels + 1)
-    mean_ptr += slot.to(tl.int64) * levels * BLOCK_M * HEAD_DIM
-    mass_ptr += slot.to(tl.int64) * levels * BLOCK_M
-
-    # Only blocks that are always kept, level 0, hold keys ahead of a query; any block may be the last one.
-    start = tl.load(bound_ptr + 1)
-    mean, mass = _attend_level(
-        query, key, value, entry_ptr, 0, start, 0, batch, head, kv_head, position, k_len, key_stride, value_stride,
-        scale_log2, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_M, BLOCK_N, CAUSAL, CAUSAL or RAGGED, SHIFT, PRECISION, USE_TMA,
-    )  # fmt: skip
-    _store_level(mean_ptr, mass_ptr, mean, mass, 0, BLOCK_M, HEAD_DIM, BLOCK_D)
-    for level in range(1, levels):
-        stop = tl.load(bound_ptr + level + 1)
-        if stop > start:
-            mean, mass = _attend_level(
-                query, key, value, entry_ptr, start, stop, level * k_blocks, batch, head, kv_head, position, k_len,
-                key_stride, value_stride, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_M, BLOCK_N, False,
-                RAGGED and not CAUSAL, SHIFT, PRECISION, USE_TMA,
-            )  # fmt: skip
-            _store_level(mean_ptr, mass_ptr, mean, mass, level, BLOCK_M, HEAD_DIM, BLOCK_D)
-        else:
-            tl.store(mass_ptr + level * BLOCK_M + tl.arange(0, BLOCK_M), tl.full((BLOCK_M,), float("-inf"), tl.float32))
-        start = stop
-
-
-@triton.jit(do_not_specialize=["first_program", "q_len", "levels"])
-def _level_error_kernel(
-    mean_ptr,  # (programs, levels, BLOCK_M, head_dim)
-    mass_ptr,  # (programs, levels, BLOCK_M): log-masses, -inf where a level holds no block
-    kept_ptr,  # likewise, of each level and all before it
-    dropped_ptr,  # likewise, of all levels after it
-    error_ptr,  # (batch, heads, tiles, column blocks, levels)
-    first_program,
-    q_len,
-    levels,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LEVEL_BLOCK: tl.constexpr,
-    LEVEL_BLOCKS: tl.constexpr,
-    UPSCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Squared difference from the dense output after each level, summed over a query tile and some columns."""
-    slot = tl.program_id(0)
-    target = tl.program_id(1) * LEVEL_BLOCK + tl.arange(0, LEVEL_BLOCK)  # levels whose error this program sums
-    columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    tiles = tl.cdiv(q_len, BLOCK_M)
-    pair = (first_program + slot) // tiles
-    tile = tiles - 1 - (first_program + slot) % tiles
-    masses_begin = slot.to(tl.int64) * levels * BLOCK_M
-    mean_ptr += masses_begin * HEAD_DIM
-    mass_ptr += masses_begin
-    kept_ptr += masses_begin
-    dropped_ptr += masses_begin
-    error = tl.zeros((ROWS, LEVEL_BLOCK), tl.float32)
-    for first_row in range(0, BLOCK_M, ROWS):
-        rows = first_row + tl.arange(0, ROWS)
-        target_offsets = tl.minimum(target, levels - 1)[None, :] * BLOCK_M + rows[:, None]
-        kept_mass = tl.load(kept_ptr + target_offsets)  # (ROWS, LEVEL_BLOCK)
-        dropped_mass = tl.load(dropped_ptr + target_offsets)  # (ROWS, LEVEL_BLOCK)
-        some = tl.where(dropped_mass == float("-inf"), 0.0, dropped_mass)
-        difference = tl.zeros((ROWS, LEVEL_BLOCK, COLUMNS), tl.float32)  # kept mean - dropped mean
-        for part in tl.static_range(LEVEL_BLOCKS):
-            source = part * LEVEL_BLOCK + tl.arange(0, LEVEL_BLOCK)
-            source_offsets = source[None, :] * BLOCK_M + rows[:, None]
-            real = tl.broadcast_to((source < levels)[None, :], (ROWS, LEVEL_BLOCK))
-            masses = tl.load(mass_ptr + source_offsets, mask=real, other=float("-inf"))  # (ROWS, LEVEL_BLOCK)
-            inside = (masses != float("-inf"))[:, :, None] & (columns < HEAD_DIM)[None, None, :]
-            mean_offsets = source_offsets[:, :, None] * HEAD_DIM + columns[None, None, :]
-            means = tl.load(mean_ptr + mean_offsets, mask=inside, other=0.0)  # (ROWS, LEVEL_BLOCK, COLUMNS)
-            kept = source[None, None, :] <= target[None, :, None]
-            shares = tl.exp(masses[:, None, :] - tl.where(kept, kept_mass[:, :, None], some[:, :, None]))
-            shares = tl.where(kept, shares, -shares).to(means.dtype)
-            # per query (LEVEL_BLOCK, LEVEL_BLOCK) x (LEVEL_BLOCK, COLUMNS)
-            difference = tl.dot(shares, means, difference, input_precision=PRECISION)
-        dropped_share = UPSCALE / (1 + tl.exp(kept_mass - dropped_mass))
-        squares = tl.sum(difference * difference, 2) * dropped_share * dropped_share  # (ROWS, LEVEL_BLOCK)
-        exists = tile * BLOCK_M + rows < q_len
-        error += tl.where(exists[:, None], squares, 0.0)
-    place = ((pair.to(tl.int64) * tiles + tile) * tl.num_programs(2) + tl.program_id(2)) * levels
-    tl.store(error_ptr + place + target, tl.sum(error, 0), mask=target < levels)
+    number = tl.atomic_add(counter_ptr, 1)
+    while number < numbers:
+        pair, tile = _place_of(number, numbers // tiles, tiles)
+        batch, head = pair // heads, pair % heads
+        first = tile * BLOCK_M
+        query = _load_tokens(
+            query_ptr, query_strides, batch, first_head + head, first, q_len, BLOCK_M, HEAD_DIM, BLOCK_D, False
+        )
+        seen = k_len
+        if CAUSAL:
+            seen = k_len - q_len + first + 1
+        row = pair.to(tl.int64) * q_blocks + first // BLOCK_SIZE
+        count = tl.load(bound_ptr + row * (levels + 1) + levels)
+        written = _attend_levels(
+            query, (key, key_strides), (value, value_strides), (batch, head, (first_head + head) // group, k_len),
+            entry_ptr + row * k_blocks, count, seen, scale, mean_ptr, mass_ptr, SHIFT, HEAD_DIM, BLOCK_D,
+            BLOCK_SIZE, BLOCK_M, BLOCK_N, PIECES, CAUSAL, USE_TMA,
+        )  # fmt: skip
+        tl.debug_barrier()  # other threads read what these wrote, and below write where others read
+        errors = error_ptr + (pair.to(tl.int64) * tiles + tile) * (BLOCK_D // COLUMNS) * levels
+        _merge_levels(mean_ptr, mass_ptr, errors, written, q_len - first, levels, BLOCK_M, BLOCK_D, COLUMNS, UPSCALE)
+        tl.debug_barrier()
+        number = tl.atomic_add(counter_ptr, 1)
 
 
 def sweep_thresholds(
@@ -328,59 +339,23 @@ def sweep_thresholds(
         Errors and counts per head and level; errors are not finite where the arithmetic overflowed. Unlike in the reference,
         logits of one row may lie any distance apart.
     """
-    batch, q_heads, _, head_dim = query.shape
-    levels = len(grid)
+    if scale < 0:
+        query, scale = -query, -scale
+    dtype = torch.float32 if value.dtype == torch.float32 else torch.float16
     factors = _square_factors(projection)
-    block_scores = batch * geometry.q_blocks * geometry.k_blocks
-    at_once = min(SCORE_ELEMENTS // block_scores, PROJECTED_ELEMENTS // (batch * geometry.k_len * head_dim))
+    # bounds of sums over head_dim, so that no product overflows
+    factors, factor_exponent = _scaled(factors, factors.abs().sum(-2).amax(-1), dtype)
+    values, value_exponent = _scaled(value, torch.linalg.vector_norm(value, ord=torch.inf, dim=(-2, -1)), dtype)
     errors, kept = [], []
-    for heads in torch.arange(q_heads).split(max(1, at_once)):
-        span = slice(int(heads[0]), int(heads[-1]) + 1)
-        entries, bounds = _entries_by_level(scores[:, span], grid, geometry)
-        projected, exponent = _project(value, heads * key.shape[1] // q_heads, factors[span])
-        work = _Work(query, key, projected, entries, bounds, int(heads[0]), levels, geometry, scale)
-        squares = _summed_errors(work)  # (batch, heads, levels)
-        errors.append((squares * _power_of_two(-2 * (exponent + MASS_EXPONENT))[..., None]).sum(0))
+    for heads in _parts(query, key, geometry):
+        entries, bounds = _entries_by_level(scores[:, heads], grid, geometry)
+        projected = _project(values, factors, heads)
+        errors.append(_Work(query, key, projected, entries, bounds, heads.start, geometry, scale).errors())
         kept.append(bounds[..., 1:].sum(dim=(0, 2)))
-    return SweepResult(torch.cat(errors), torch.cat(kept), batch * geometry.visible_count)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Some heads of every sequence, prepared for the kernels; ``value`` is projected and holds these heads only."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    entries: torch.Tensor
-    bounds: torch.Tensor
-    first_head: int
-    levels: int
-    geometry: Geometry
-    scale: float
-
-    @property
-    def pairs(self) -> int:
-        """Sequences times heads."""
-        return self.value.shape[0] * self.value.shape[1]
-
-    @property
-    def head_dim(self) -> int:
-        return self.query.shape[3]
-
-    @property
-    def precision(self) -> str:
-        return "ieee" if self.value.dtype == torch.float32 else "tf32"
-
-
-@dataclass(frozen=True)
-class _Levels:
-    """What the first kernel hands to the second for consecutive query tiles, ``first`` to ``first + programs``."""
-
-    first: int
-    programs: int
-    means: torch.Tensor
-    masses: torch.Tensor
+    group = query.shape[1] // key.shape[1]
+    exponent = factor_exponent + value_exponent[..., None].expand(-1, -1, group).flatten(1)  # (batch, q_heads)
+    error = torch.cat(errors, 1) * _power_of_two(-2 * (exponent + MASS_EXPONENT))[..., None]
+    return SweepResult(error.sum(0), torch.cat(kept), query.shape[0] * geometry.visible_count)
 
 
 def _square_factors(projection: torch.Tensor) -> torch.Tensor:
@@ -388,6 +363,9 @@ def _square_factors(projection: torch.Tensor) -> torch.Tensor:
 
     The ridge, far below fp32's precision, lets a projection of low rank be factored.
     """
+    head_dim, rank = projection.shape[1:]
+    if rank <= head_dim:
+        return functional.pad(projection, (0, head_dim - rank))
     gram = projection.double() @ projection.double().mT  # (q_heads, D, D)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     largest = diagonal.amax(-1, keepdim=True)
@@ -397,182 +375,159 @@ def _square_factors(projection: torch.Tensor) -> torch.Tensor:
     return factors.masked_fill((largest == 0)[:, None], 0.0).float()
 
 
-def _entries_by_level(
-    scores: torch.Tensor, grid: torch.Tensor, geometry: Geometry
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's key blocks in order of level, and where each level begins.
-
-    Returns:
-        int32 ``level * k_blocks + block``, ascending, like ``scores`` (invisible blocks last); int32
-        ``(batch, heads, q_blocks, levels + 1)``.
-    """
-    levels, blocks = len(grid), geometry.k_blocks
-    level = block_levels(scores, grid, geometry)
-    entries = level.mul_(blocks).add_(torch.arange(blocks, device=scores.device)).int().sort(-1).values
-    starts = torch.arange(levels + 1, dtype=torch.int32, device=scores.device) * blocks
-    bounds = torch.searchsorted(entries, starts.expand(*entries.shape[:3], -1).contiguous(), out_int32=True)
-    return entries, bounds
-
-
-def _project(value: torch.Tensor, kv_heads: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values times each head's factor and a power of two: fp32 for fp32 values, else fp16 ``(batch, heads, k_len, D)``.
-
-    Returns:
-        (projected values, the exponents: int64 ``(batch, heads)``).
-    """
-    projected = value[:, kv_heads.to(value.device)].float() @ factors
-    largest = projected.abs().amax(dim=(-2, -1))
-    exponent = (VALUE_EXPONENT - largest.frexp().exponent.long()).clamp_(-100, 100)
-    projected *= _power_of_two(exponent)[..., None, None].float()
-    return projected.to(torch.float32 if value.dtype == torch.float32 else torch.float16), exponent
+def _scaled(tensor: torch.Tensor, bound: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """``tensor`` times the power of two that takes the bounds ``(...)`` below 2^OPERAND_EXPONENT; int64 exponents ``(...)``."""
+    exponent = (OPERAND_EXPONENT - bound.float().frexp().exponent.long()).clamp_(-100, 100)
+    return (tensor * _power_of_two(exponent)[..., None, None].float()).to(dtype), exponent
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     return torch.pow(2.0, exponent.double())
 
 
-def _summed_errors(work: _Work) -> torch.Tensor:
-    """fp64 ``(batch, heads, levels)``, scaled up by what the projection and the kernel scale by."""
-    attention = _attention_config(work)
-    error = None
-    errors = work.value.new_empty(0)
-    for part in _parts(work, attention):
-        _attend(work, attention, part)
-        kept, dropped = _cumulative(part.masses)
-        if error is None:
-            error = _error_config(work, attention, part, kept, dropped)
-            errors = _unsummed(work, attention, error)
-        _merge(work, attention, error, part, kept, dropped, errors)
-    return errors.double().sum(dim=(2, 3))
+def _parts(query: torch.Tensor, key: torch.Tensor, geometry: Geometry) -> Iterator[slice]:
+    """Query heads as many at a time as memory allows, whole groups that share a key head if it allows that."""
+    batch, q_heads, _, head_dim = query.shape
+    group = q_heads // key.shape[1]
+    block_scores = batch * geometry.q_blocks * geometry.k_blocks
+    most = min(SCORE_ELEMENTS // block_scores, PROJECTED_ELEMENTS // (batch * geometry.k_len * head_dim))
+    step = max(1, most // group * group)
+    return (slice(first, min(first + step, q_heads)) for first in range(0, q_heads, step))
 
 
-def _unsummed(work: _Work, attention: Config, error: Config) -> torch.Tensor:
-    """One number for each tile, block of columns and level, so that they are added in the same order every time."""
-    tiles = triton.cdiv(work.geometry.q_len, attention.tiles["BLOCK_M"])
-    columns = triton.cdiv(work.head_dim, error.tiles["COLUMNS"])
-    shape = (*work.value.shape[:2], tiles, columns, work.levels)
-    return torch.empty(shape, dtype=torch.float32, device=work.value.device)
+def _entries_by_level(
+    scores: torch.Tensor, grid: torch.Tensor, geometry: Geometry
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's key blocks in order of level, and where each level begins.
+
+    Returns:
+        int32 ``level * LEVEL_STEP + block``, ascending, like ``scores`` (invisible blocks last); int32
+        ``(batch, heads, q_blocks, levels + 1)``.
+    """
+    levels, blocks = len(grid), geometry.k_blocks
+    level = block_levels(scores, grid, geometry).int()
+    entries = level.mul_(LEVEL_STEP.value).add_(_counts(blocks, scores.device)).sort(-1).values
+    starts = _counts(levels + 1, scores.device) * LEVEL_STEP.value
+    bounds = torch.searchsorted(entries, starts.expand(*entries.shape[:3], -1).contiguous(), out_int32=True)
+    return entries, bounds
 
 
-def _cumulative(masses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-masses ``(programs, levels, rows)`` of each level and all before it, and of all after it."""
-    kept = masses.logcumsumexp(1)
-    from_level = masses.flip(1).logcumsumexp(1).flip(1)
-    dropped = functional.pad(from_level[:, 1:], (0, 0, 0, 1), value=-torch.inf)
-    return kept, dropped
+def _counts(stop: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(stop, dtype=torch.int32, device=device)
 
 
-def _parts(work: _Work, attention: Config) -> Iterator[_Levels]:
-    """Query tiles as many at a time as the scratch memory holds; all parts share it."""
-    rows = attention.tiles["BLOCK_M"]
-    total = work.pairs * triton.cdiv(work.geometry.q_len, rows)
-    tile_bytes = work.levels * rows * work.head_dim * work.value.element_size()
-    programs = min(total, max(1, SCRATCH_BYTES // tile_bytes))
-    means = work.value.new_empty((programs, work.levels, rows, work.head_dim))
-    masses = torch.empty(means.shape[:3], dtype=torch.float32, device=means.device)
-    for first in range(0, total, programs):
-        here = min(programs, total - first)
-        yield _Levels(first, here, means, masses[:here])
+def _project(values: torch.Tensor, factors: torch.Tensor, heads: slice) -> torch.Tensor:
+    """``(batch, heads, k_len, D)``: values ``(batch, k_heads, k_len, D)`` times some heads' factors ``(q_heads, D, D)``."""
+    batch, k_heads, k_len, head_dim = values.shape
+    group = len(factors) // k_heads
+    projected = values.new_empty((batch, heads.stop - heads.start, k_len, head_dim))
+    run = min(group, heads.stop - heads.start)  # that share a key head
+    for sequence in range(batch):
+        for first in range(heads.start, heads.stop, run):
+            shared = values[sequence, first // group].expand(run, -1, -1)
+            here = slice(first - heads.start, first - heads.start + run)
+            torch.bmm(shared, factors[first : first + run], out=projected[sequence, here])
+    return projected
 
 
-def _attention_config(work: _Work) -> Config:
-    """A query tile lies in one query block, a key tile in one key block."""
-    size = work.geometry.block_size
-    full = work.value.dtype == torch.float32
+@dataclass(frozen=True)
+class _Work:
+    """Some heads of every sequence, prepared for the kernel; ``value`` is projected and holds these heads only."""
 
-    def fitted(config: Config) -> Config:
-        tiles = {name: min(config.tiles[name], size) for name in ("BLOCK_M", "BLOCK_N")}
-        return Config(config.num_warps, config.num_stages, tiles)
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    entries: torch.Tensor
+    bounds: torch.Tensor
+    first_head: int
+    geometry: Geometry
+    scale: float
 
-    def measure(config: Config) -> float:
-        part = next(_parts(work, config))
-        return milliseconds(lambda: _attend(work, config, part))
+    def errors(self) -> torch.Tensor:
+        """fp64 ``(batch, heads, levels)``, scaled up by what the operands and the kernel's shares are scaled by."""
+        config = self._config()
+        written = self._launch(config).double().sum(3)  # (batch, heads, tiles, levels)
+        nonempty = self.bounds.diff() > 0
+        per_block = self.geometry.block_size // config.tiles["BLOCK_M"]
+        place = (nonempty.cumsum(-1) - 1)[:, :, :, None].expand(-1, -1, -1, per_block, -1).flatten(2, 3)
+        return written.gather(-1, place[:, :, : written.shape[2]]).sum(2)
 
-    candidates = [fitted(config) for config in (FP32_CANDIDATES if full else ATTENTION_CANDIDATES)]
-    key = {"head_dim": _padded(work.head_dim), "block_size": size, "bits": 32 if full else 16}
-    return fitted(choose("sweep_attention", key, candidates, work.query.device, measure))
+    def _config(self) -> Config:
+        """A query tile lies in one query block, a key tile in one key block."""
+        size, width = self.geometry.block_size, _padded(self.query.shape[3])
+        full = self.value.dtype == torch.float32
+
+        def fitted(config: Config) -> Config:
+            tiles = {name: min(config.tiles[name], size) for name in ("BLOCK_M", "BLOCK_N")}
+            tiles["COLUMNS"] = min(config.tiles["COLUMNS"], width)
+            return Config(config.num_warps, config.num_stages, {**config.tiles, **tiles})
+
+        candidates = [fitted(config) for config in (FP32_CANDIDATES if full else CANDIDATES)]
+        key = {"head_dim": width, "block_size": size, "bits": 32 if full else 16}
+        device = self.query.device
+        chosen = choose("sweep_attention", key, candidates, device, lambda c: milliseconds(lambda: self._launch(c)))
+        return fitted(chosen)
+
+    def _launch(self, config: Config) -> torch.Tensor:
+        """fp32 ``(batch, heads, tiles, parts of the columns, levels)``: one number each, always added in the same order."""
+        query, key, value, geometry = self.query, self.key, self.value, self.geometry
+        device, padded, levels = query.device, _padded(query.shape[3]), self.bounds.shape[3] - 1
+        rows, tokens = config.tiles["BLOCK_M"], config.tiles["BLOCK_N"]
+        tiles = triton.cdiv(geometry.q_len, rows)
+        numbers = value.shape[0] * value.shape[1] * tiles
+        most = SCRATCH_BYTES // (levels * rows * padded * value.element_size())
+        programs = max(1, min(numbers, most, _multiprocessors(device) * max(1, 16 // config.num_warps)))
+        means = value.new_empty((programs, levels, rows, padded))
+        masses = torch.empty((programs, 2 + levels, rows), dtype=torch.float32, device=device)
+        parts = padded // config.tiles["COLUMNS"]
+        errors = torch.empty((*value.shape[:2], tiles, parts, levels), dtype=torch.float32, device=device)
+        use_tma = fits_tma(key, value)
+        _sweep_kernel[(programs,)](
+            query,
+            _source(key, tokens, padded, use_tma),
+            _source(value, tokens, padded, use_tma),
+            self.entries,
+            self.bounds,
+            means,
+            masses,
+            errors,
+            torch.zeros(1, dtype=torch.int32, device=device),
+            *(tensor.stride()[:3] for tensor in (query, key, value)),
+            self.first_head,
+            value.shape[1],
+            query.shape[1] // key.shape[1],
+            geometry.q_len,
+            geometry.k_len,
+            geometry.q_blocks,
+            geometry.k_blocks,
+            levels,
+            numbers,
+            max(self.scale * LOG2_E, LEAST_FACTOR),
+            HEAD_DIM=query.shape[3],
+            BLOCK_D=padded,
+            BLOCK_SIZE=geometry.block_size,
+            PIECES=1 if rows * padded * value.element_size() <= PIECE_BYTES else 2,
+            CAUSAL=geometry.causal,
+            SHIFT=0 if value.dtype == torch.float32 else FP16_SHIFT,
+            UPSCALE=2.0**MASS_EXPONENT,
+            USE_TMA=use_tma,
+            **config.launch_arguments(),
+        )
+        return errors
 
 
-def _error_config(work: _Work, attention: Config, part: _Levels, kept: torch.Tensor, dropped: torch.Tensor) -> Config:
-    if interpreted():  # its time goes by steps, not by numbers
-        return Config(4, 1, {"ROWS": attention.tiles["BLOCK_M"], "COLUMNS": _padded(work.head_dim)})
-    key = {"head_dim": _padded(work.head_dim), "bits": 8 * work.value.element_size()}
-
-    def measure(config: Config) -> float:
-        errors = _unsummed(work, attention, config)
-        return milliseconds(lambda: _merge(work, attention, config, part, kept, dropped, errors))
-
-    return choose("sweep_error", key, ERROR_CANDIDATES, work.query.device, measure)
+def _source(tensor: torch.Tensor, tokens: int, width: int, use_tma: bool) -> Any:
+    """What the kernel reads a tile from: a descriptor, or the tensor."""
+    if not use_tma:
+        return tensor
+    return TensorDescriptor(tensor, list(tensor.shape), [*descriptor_strides(tensor), 1], [1, 1, tokens, width])
 
 
 def _padded(head_dim: int) -> int:
     return max(32, int(triton.next_power_of_2(head_dim)))
 
 
-def _attend(work: _Work, config: Config, part: _Levels) -> None:
-    query, key, value, geometry = work.query, work.key, work.value, work.geometry
-    use_tma = fits_tma(key, value)
-    padded = _padded(work.head_dim)
-    box = [1, 1, config.tiles["BLOCK_N"], padded]
-    _level_attention_kernel[(part.programs,)](
-        query,
-        TensorDescriptor(key, list(key.shape), [*descriptor_strides(key), 1], box) if use_tma else key,
-        TensorDescriptor(value, list(value.shape), [*descriptor_strides(value), 1], box) if use_tma else value,
-        work.entries,
-        work.bounds,
-        part.means,
-        part.masses,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        part.first,
-        work.first_head,
-        value.shape[1],
-        query.shape[1] // key.shape[1],
-        geometry.q_len,
-        geometry.k_len,
-        geometry.q_blocks,
-        geometry.k_blocks,
-        work.levels,
-        LOG2_E * (abs(work.scale) or 1.0),
-        HEAD_DIM=work.head_dim,
-        BLOCK_D=padded,
-        BLOCK_SIZE=geometry.block_size,
-        CAUSAL=geometry.causal,
-        RAGGED=geometry.k_len % geometry.block_size != 0,
-        SIGN=(work.scale > 0) - (work.scale < 0),
-        SHIFT=0 if value.dtype == torch.float32 else FP16_SHIFT,
-        PRECISION=work.precision,
-        USE_TMA=use_tma,
-        **config.launch_arguments(),
-    )
-
-
-def _merge(
-    work: _Work,
-    attention: Config,
-    config: Config,
-    part: _Levels,
-    kept: torch.Tensor,
-    dropped: torch.Tensor,
-    errors: torch.Tensor,
-) -> None:
-    level_block = min(32, max(16, triton.next_power_of_2(work.levels)))
-    level_blocks = triton.cdiv(work.levels, level_block)
-    _level_error_kernel[(part.programs, level_blocks, errors.shape[3])](
-        part.means,
-        part.masses,
-        kept,
-        dropped,
-        errors,
-        part.first,
-        work.geometry.q_len,
-        work.levels,
-        HEAD_DIM=work.head_dim,
-        BLOCK_M=attention.tiles["BLOCK_M"],
-        LEVEL_BLOCK=level_block,
-        LEVEL_BLOCKS=level_blocks,
-        UPSCALE=2.0**MASS_EXPONENT,
-        PRECISION=work.precision,
-        **config.launch_arguments(),
-    )
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """2 off the GPU: the interpreter runs one program after the other, and the second finds nothing left."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

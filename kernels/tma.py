@@ -16,9 +16,12 @@ def fits_tma(*tensors: torch.Tensor) -> bool:
     if not interpreted() and int(family(tensors[0].device).removeprefix("sm")) < 90:
         return False
     for tensor in tensors:
-        steps = [step for size, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
-        if tensor.data_ptr() % 16 or any(step <= 0 or step * tensor.element_size() % 16 for step in steps):
+        if tensor.data_ptr() % 16:
             return False
+        size = tensor.element_size()
+        for count, step in zip(tensor.shape[:-1], tensor.stride(), strict=False):
+            if count > 1 and (step <= 0 or step * size % 16):
+                return False
     return True
 
 

@@ -49,6 +49,11 @@ def family(device: torch.device) -> str:
     """``sm90`` for compute capability 9.x and so on; ``interpreter`` for the CPU."""
     if device.type != "cuda":
         return "interpreter"
+    return _gpu_family(device)
+
+
+@functools.cache
+def _gpu_family(device: torch.device) -> str:
     return f"sm{torch.cuda.get_device_capability(device)[0] * 10}"
 
 
@@ -78,7 +83,7 @@ def choose(
     where = family(device)
     if where == "interpreter":
         return candidates[0]
-    known = _from_table(where, kernel, key)
+    known = _from_table(where, kernel, tuple(key.items()))
     if known is not None:
         return known
     if measure is None or interpreted():
@@ -93,9 +98,11 @@ def milliseconds(launch: Callable[[], object]) -> float:
     return float(testing.do_bench(launch, return_mode="median"))
 
 
-def _from_table(where: str, kernel: str, key: Mapping[str, Any]) -> Config | None:
+@functools.lru_cache(maxsize=1024)
+def _from_table(where: str, kernel: str, key: tuple[tuple[str, Any], ...]) -> Config | None:
+    traits = dict(key)
     for rule in _table().get(where, {}).get(kernel, []):
-        if all(key.get(name) == value for name, value in rule.get("when", {}).items()):
+        if all(traits.get(name) == value for name, value in rule.get("when", {}).items()):
             return _config(rule)
     return None
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -70,7 +71,7 @@ def compiling(capability: int, configs: Mapping[str, tuning.Config] | None = Non
     def choose(kernel: str, key: Any, candidates: Any, device: torch.device, measure: Any = None) -> tuning.Config:
         if configs and kernel in configs:
             return configs[kernel]
-        return tuning._from_table(_family(capability), kernel, key) or candidates[0]
+        return tuning._from_table(_family(capability), kernel, tuple(key.items())) or candidates[0]
 
     replacements = {"choose": choose, "family": lambda device: _family(capability), "interpreted": lambda: False}
     with ExitStack() as stack:
@@ -78,6 +79,8 @@ def compiling(capability: int, configs: Mapping[str, tuning.Config] | None = Non
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(capability)))
         for name, replacement in replacements.items():
             _replace_everywhere(stack, name, replacement)
+        properties = SimpleNamespace(multi_processor_count=132)
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties))
         yield compiled
 
 
@@ -126,6 +129,21 @@ def resources(kernel: Any) -> Resources:
 def machine_code(kernel: Any) -> str:
     """The kernel's SASS."""
     return _inspect("nvdisasm", "--print-code", kernel)
+
+
+def exponentials_between_waits(kernel: Any) -> int:
+    """Exponentials between a wait that leaves one group of products running and the wait for that group; the fewest of them.
+
+    0 where the code has no such place: ptxas moves arithmetic across waits, and what it moves behind the second one the tensor
+    cores sit out.
+    """
+    parts = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])", machine_code(kernel))
+    found = [
+        len(re.findall(r"\bMUFU\.EX2\b", code))
+        for wait, code, following in zip(parts[1::2], parts[2::2], parts[3::2], strict=False)
+        if (wait, following) == ("0x1", "0x0")
+    ]
+    return min(found, default=0)
 
 
 def _store_bytes(modifiers: str) -> int:

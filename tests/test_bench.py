@@ -13,10 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from xcalib.bench import Suite, draw, floors, peers, render, run_bench, suite_of, summarise, timing
+from xcalib.bench import Suite, draw, floors, markdown, peers, public, render, run_bench, suite_of, summarise, timing
+from xcalib.bench import __main__ as bench_main
+from xcalib.bench import parts as bench_parts
 from xcalib.bench import run as bench_run
 from xcalib.bench.data import Inputs, copies, structured_inputs, thresholds_for_density
+from xcalib.bench.goals import Goal, judge
 from xcalib.bench.parts import Parts
+from xcalib.bench.tasks import Task
 from xcalib.errors import BenchError
 from xcalib.kernels import block_density, block_sparse_attention, estimate_blocks, select_blocks
 from xcalib.kernels.geometry import Geometry
@@ -133,14 +137,45 @@ def test_the_hopper_suite_is_what_the_issue_asks_for() -> None:
     assert suite.lengths == (8192, 32768, 65536, 131072, 262144)
     assert (suite.q_heads, suite.k_heads, suite.head_dim, suite.dtype) == (32, 8, 128, "bfloat16")
     assert (suite.strides, suite.densities) == ((8, 16), (0.05, 0.10, 0.25, 0.50))
-    tasks = list(suite.tasks(("a", "b"), ("c",)))
-    assert len(set(tasks)) == len(tasks) == 10 * (2 + 2) + 5 * (2 * (1 + 4 * 3) + 1 + 4)
+    tasks = list(suite.tasks(("a", "b"), ("c",), ("d", "e")))
+    regular = 11 * (2 + 2) + 4 * (2 * (1 + 4 * 3) + 1 + 4) + (2 * (1 + 2 * 3) + 1 + 2)
+    assert len(set(tasks)) == len(tasks) == regular + 6 + 2 + 8 + 2 + 8 * 2
     assert [task.length for task in tasks] == sorted(task.length for task in tasks)
+    assert {task.density for task in tasks if task.length == 262144} == {None, 0.05, 0.10}
+    assert {task.peer for task in tasks if task.kind == "public"} == {"d", "e"}
+
+
+def test_every_goal_of_the_hopper_suite_is_measured() -> None:
+    suite = suite_of("hopper")
+    records = [task.settings() for task in suite.tasks(("a",), ("b",), ("c",))]
+    for goal in suite.goals:
+        for side in (goal.over.settings(), goal.under.settings()):
+            assert any(side.items() <= record.items() for record in records), side
+    assert not suite_of("smoke").goals
+
+
+def test_the_settings_of_a_suite_are_json() -> None:
+    settings = suite_of("hopper").settings()
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings["densities_at"] == {"262144": [0.05, 0.10]}
 
 
 def test_settings_can_be_changed() -> None:
     suite = suite_of("hopper", lengths=[4096], head_dim=64, dtype=None)
     assert (suite.lengths, suite.crossover_lengths, suite.head_dim, suite.dtype) == ((4096,), (), 64, "bfloat16")
+    assert suite.cells == (Task(4096, "served", stride=16, tau=0.9),)
+    assert suite.goals == (), "they are of another head_dim"
+
+
+def test_a_change_leaves_out_the_cells_that_no_longer_belong() -> None:
+    suite = suite_of("hopper", lengths=[65536], strides=[16])
+    assert {cell.length for cell in suite.cells} == {65536}
+    assert {cell.stride for cell in suite.cells} == {16}
+    assert 0.113 in {cell.density for cell in suite.cells}
+    assert suite.goals == suite_of("hopper").goals, "those that are not measured are not judged"
+    fewer = suite_of("hopper", densities=[0.05, 0.10])
+    assert {cell.density for cell in fewer.cells} == {None, 0.10}
+    assert fewer.densities_at == ()
 
 
 @pytest.mark.parametrize(
@@ -188,14 +223,22 @@ def test_the_smoke_suite_runs_from_end_to_end(tmp_path: Path) -> None:
     assert results["command"] == "xcalib bench --smoke"
     assert {record["status"] for record in results["measurements"]} == {"ok"}
     kinds = {record["kind"] for record in results["measurements"]}
-    assert kinds == {"dense", "whole", "scoring", "selection", "attention", "sweep"}
+    assert kinds == {"dense", "whole", "scoring", "selection", "attention", "sweep", "choose", "served"}
     assert all(record["p20_ms"] <= record["median_ms"] <= record["p80_ms"] for record in results["measurements"])
-    assert results["unavailable"]["flashinfer"] == "needs CUDA"
+    assert results["unavailable"]["flashinfer"] == results["unavailable"]["x-attention"] == "needs CUDA"
     assert results["versions"]["torch"] == torch.__version__
     parted = [row for row in results["summary"]["ratios"] if "density" in row]
     assert len(parted) == 2 * 2 * 2
     assert all(row["speed_up"] > 0 and row["attention_ms"] > 0 and row["selection_over_dense"] > 0 for row in parted)
     assert len(results["summary"]["sweep"]) == 2
+    (chosen,), (served,) = results["summary"]["choose"], results["summary"]["served"]
+    assert (chosen["length"], chosen["stride"], chosen["precision"]) == (256, 16, "native")
+    selections = [
+        r["found_density"] for r in results["measurements"] if r["kind"] == "selection" and r["length"] == 256
+    ]
+    assert chosen["found_density"] in selections
+    assert (served["length"], served["path"]) == (128, "sparse")
+    assert results["summary"]["goals"] == []
 
 
 def test_what_the_budget_does_not_reach_is_listed(tmp_path: Path) -> None:
@@ -300,6 +343,96 @@ def test_a_dense_peer_computes_dense_attention() -> None:
         torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def x_attention(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A module in the public implementation's place that keeps every second block of a padded mask; what it was told."""
+    told: list[Any] = []
+
+    def xattn_estimate(
+        query: torch.Tensor, key: torch.Tensor, *sizes: int, **options: Any
+    ) -> tuple[None, torch.Tensor]:
+        found = torch.cuda.get_device_properties(0)
+        told.append((found.name, found.major, tuple(key.shape), sizes, options))
+        blocks = -(-query.shape[2] // sizes[0]) + 2
+        return None, (torch.arange(blocks) % 2 == 0).expand(1, query.shape[1], blocks, blocks)
+
+    h200 = types.SimpleNamespace(name="NVIDIA H200", major=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: h200)
+    for name in ("xattn", "xattn.src", public.MODULE):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(__path__=[], xattn_estimate=xattn_estimate))
+    return told
+
+
+def test_the_public_implementation_gets_our_inputs_and_a_name_that_it_knows(x_attention: list[Any]) -> None:
+    geometry = Geometry(300, 300, 64, True)
+    inputs, thresholds = made(300, q_heads=4, k_heads=2), torch.tensor([0.1, 0.4, 0.7, 1.0])
+    call, note = public.PUBLIC[0].prepare(inputs, thresholds, 16, geometry)
+    mask = call()
+    assert mask.shape == (1, 4, 5, 5), "what it padded is cut off"
+    ((name, major, keys, sizes, options),) = x_attention
+    assert "100" in name
+    assert major == 9
+    assert torch.cuda.get_device_properties(0).name == "NVIDIA H200", "only while it runs"
+    assert keys == (1, 4, 300, 64), "heads repeated"
+    assert sizes == (64, 16)
+    assert options.pop("threshold") is thresholds
+    assert options == {"chunk_size": 2048, "use_triton": True, "causal": True}
+    assert note == "chunks of 2048, KV heads repeated"
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk"), [(100, 2048), (8192, 8192), (10_000, 16384), (32768, 8192), (131072, 2048)]
+)
+def test_the_public_implementation_scores_as_many_queries_at_once_as_it_would_itself(length: int, chunk: int) -> None:
+    assert public.own_chunk(length) == chunk
+
+
+def test_the_public_implementation_is_measured_where_it_can_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x_attention: list[Any]
+) -> None:
+    monkeypatch.setattr(public, "needs", lambda _module: lambda _device: None)
+    results = run_bench("smoke", tmp_path / "bench.json")
+    records = [record for record in results["measurements"] if record["kind"] == "public"]
+    assert [record["peer"] for record in records] == [form.name for form in public.PUBLIC]
+    assert {(record["status"], record["length"], record["stride"]) for record in records} == {("ok", 256, 16)}
+    assert [record["found_density"] for record in records] == pytest.approx([0.6, 0.6])
+    assert len(x_attention) > 4
+    whose = [row.get("peer") for row in results["summary"]["choose"]]
+    assert whose == [None, *(form.name for form in public.PUBLIC)]
+    assert "x-attention, chunks of 16k" in rendered(results)
+
+
+def test_where_the_public_implementation_is_not_found_the_reason_says_what_to_do() -> None:
+    reason = public.PUBLIC[0].reason(torch.device("cuda"))
+    assert reason is not None
+    assert reason.endswith("put a checkout of github.com/mit-han-lab/x-attention on PYTHONPATH")
+    assert public.PUBLIC[0].reason(CPU) == "needs CUDA"
+
+
+def test_a_served_model_is_dense_below_the_crossover(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, thresholds = made(256), torch.full((8,), 0.5)
+    parts = Parts("reference", Geometry(256, 256, 64, True), 64)
+    dense = block_sparse_attention(*vars(inputs).values(), torch.ones(1, 8, 4, 4, dtype=torch.bool), block_size=64)
+    for least, path in ((257, "dense"), (256, "sparse")):
+        monkeypatch.setattr(bench_parts, "crossover", lambda _device, least=least: least)
+        call, said = parts.served(inputs, thresholds, 16)
+        assert said == path
+        if path == "dense":
+            torch.testing.assert_close(call(), dense, rtol=1e-4, atol=1e-5)
+        else:
+            whole: Any = parts.whole(inputs, thresholds, 16)()
+            assert torch.equal(call()[0], whole[0])  # type: ignore[index]
+
+
+def test_choosing_in_one_call_is_scoring_and_then_selecting() -> None:
+    parts = Parts("reference", Geometry(256, 256, 64, True), 64)
+    inputs, thresholds = made(256), torch.full((8,), 0.6)
+    mask: Any = parts.selection(parts.scoring(inputs, 16)(), thresholds, 16)()
+    assert torch.equal(parts.choose(inputs, thresholds, 16, "native")(), mask)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fp8 scores need Triton"):
+        parts.choose(inputs, thresholds, 16, "fp8")
+
+
 def test_the_parts_make_the_whole() -> None:
     geometry = Geometry(256, 256, 64, True)
     inputs = made(256)
@@ -308,7 +441,7 @@ def test_the_parts_make_the_whole() -> None:
     selected = parts.selected(parts.selection(parts.scoring(inputs, 16)(), thresholds, 16)())
     whole, kept = parts.whole(inputs, thresholds, 16)()  # type: ignore[misc]
     assert torch.equal(parts.attention(inputs, selected)(), whole)  # type: ignore[arg-type]
-    assert selected.density(geometry) == pytest.approx(float(kept.double().mean()) / geometry.visible_count)
+    assert selected.density(geometry) == pytest.approx(float(kept.sum(-1).double().mean()) / geometry.visible_count)
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
@@ -389,6 +522,116 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
         draw(invented(by_length={1024: (1.0, 2.0)}), tmp_path / "bench.png")
 
 
+# --------------------------------------------------------------------------------------------------------------- goals
+
+
+def record(milliseconds: float, kind: str, length: int = 1024, **facts: Any) -> dict[str, Any]:
+    return {"kind": kind, "length": length, "status": "ok", "median_ms": milliseconds} | facts
+
+
+def judged(goal: Goal, *records: dict[str, Any]) -> list[Any]:
+    return [(row["measured"], row["met"]) for row in judge([goal.settings()], list(records))]
+
+
+def test_a_goal_holds_the_fastest_of_each_side_against_its_bound() -> None:
+    goal = Goal("x", Task(1024, "whole", stride=16, density=0.05), Task(1024, "dense"), "at most", 0.5)
+    dense = (record(30.0, "dense", peer="a"), record(20.0, "dense", peer="b"), record(1.0, "dense", 2048, peer="a"))
+    others = (record(1.0, "whole", stride=8, density=0.05), record(1.0, "whole", stride=16, tau=0.9))
+    assert judged(goal, *dense, *others, record(10.0, "whole", stride=16, density=0.05)) == [(0.5, True)]
+    assert judged(goal, *dense, *others, record(12.0, "whole", stride=16, density=0.05)) == [(0.6, False)]
+    assert judged(goal, *dense, *others) == [], "not measured"
+    failed = {"kind": "whole", "length": 1024, "stride": 16, "density": 0.05, "status": "error", "reason": "late"}
+    assert judged(goal, *dense, failed) == []
+
+
+@pytest.mark.parametrize(
+    ("sense", "noise", "ratio", "met"),
+    [
+        ("at most", 0.0, 1.0, True),
+        ("at most", 0.0, 1.01, False),
+        ("at most", 0.03, 1.02, True),
+        ("at most", 0.03, 1.04, False),
+        ("at least", 0.0, 1.0, True),
+        ("at least", 0.0, 0.99, False),
+        ("above", 0.0, 1.0, False),
+        ("above", 0.0, 1.01, True),
+    ],
+)
+def test_a_goal_has_a_side_and_says_what_noise_it_allows(sense: Any, noise: float, ratio: float, met: bool) -> None:
+    goal = Goal("x", Task(1024, "served"), Task(1024, "dense"), sense, 1.0, noise=noise)
+    rows = judge([goal.settings()], [record(100 * ratio, "served"), record(100.0, "dense", peer="a")])
+    expected = {"what": "x", "length": 1024, "goal": f"{sense} 1" + ", 3% timing noise allowed" * bool(noise)}
+    assert rows == [expected | {"measured": pytest.approx(ratio), "met": met}]
+
+
+def test_a_share_of_dense_is_taken_of_the_density_found() -> None:
+    over = Task(1024, "attention", stride=8, density=0.25)
+    goal = Goal("x", over, Task(1024, "dense"), "at most", 1.1, per_density=True)
+    sparse = record(30.0, "attention", stride=8, density=0.25, found_density=0.3)
+    assert judged(goal, sparse, record(100.0, "dense", peer="a")) == [(pytest.approx(1.0), True)]
+
+
+def test_the_goals_of_the_hopper_suite_are_those_of_the_issue() -> None:
+    """Every goal is met by these invented times, and none by times that are a little worse."""
+
+    def results(slack: float) -> dict[str, Any]:
+        records = []
+        suite = suite_of("hopper")
+        for task in suite.tasks(("fast", "slow"), (), ("own",)):
+            share = {65536: 1 / 6, 131072: 1 / 9, 262144: 1 / 12}.get(task.length, 1.0)
+            native = {16: 0.036, 8: 0.07}.get(task.stride or 0, 0.0)
+            times = {
+                "dense": 100.0 * (1 + (task.peer == "slow")),
+                "served": 100.0 * slack,
+                "whole": 100.0 * slack * (share if task.density else 1.0),
+                "sweep": 200.0 * slack,
+                "choose": 100.0 * slack * (0.022 if task.precision == "fp8" else native),
+                "public": 500.0 * native / slack if task.length == 131072 else 100.1 * native,
+            }
+            made_of = task.settings() | {"found_density": 1.1 * (task.density or 0.5), "p20_ms": 1.0, "p80_ms": 1.0}
+            # 1.1 times the density asked for, at 1.1 times its share of dense
+            time = times.get(task.kind, 121.0 * slack * (task.density or 1.0))
+            records.append(made_of | {"status": "ok", "median_ms": time, "runs": 3, "note": "", "path": "dense"})
+        machine = {"processor": "abacus"}
+        found = {"suite": suite.settings(), "measurements": records, "unavailable": {}, "machine": machine}
+        return found | {"summary": summarise(found)}
+
+    good, bad = results(0.9999), results(1.04)
+    assert len(good["summary"]["goals"]) == len(suite_of("hopper").goals) == 2 * 2 * 4 + 3 + 3 + 1 + 11 + 8
+    assert all(row["met"] for row in good["summary"]["goals"])
+    assert not any(row["met"] for row in bad["summary"]["goals"])
+    row = next(row for row in good["summary"]["goals"] if row["what"] == "dense / whole, 7.3%, S=16")
+    assert row["goal"] == "at least 9"
+    assert row["measured"] == pytest.approx(9, rel=1e-3)
+    for text in (rendered(good), markdown(good)):
+        assert "goals: 42 met, 0 not met, 0 not measured" in text
+    assert "| dense / whole, 7.3%, S=16 | 131,072 | at least 9 | 9 | yes |" in markdown(good)
+
+
+def test_a_file_of_results_can_be_printed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = invented(by_length={1024: (1.0, 2.0), 2048: (4.0, 3.0)})
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(results))
+    monkeypatch.setattr(sys, "argv", ["bench", str(file)])
+    bench_main.main()
+    assert capsys.readouterr().out == markdown(results)
+    file.write_text("[]")
+    with pytest.raises(SystemExit, match="holds no results of the bench"):
+        bench_main.main()
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    with pytest.raises(SystemExit, match="usage"):
+        bench_main.main()
+
+
+def test_the_pages_tables_are_those_of_the_terminal() -> None:
+    text = markdown(invented(by_length={1024: (1.0, 2.0), 2048: (4.0, 3.0)}))
+    assert "| 1,024 | fast | 1 | 1 | 2 | 3 |  |" in text
+    assert "- not on this machine: absent: not installed" in text
+    assert "## Goals" not in text, "only the suite hopper has some"
+
+
 # -------------------------------------------------------------------------------------------------------------- floors
 
 
@@ -403,8 +646,10 @@ def test_the_counts_are_those_of_loops_over_blocks() -> None:
     assert floors.scoring(shape, 16).flops == sum(2 * groups * groups * 16 * 64 for _ in pairs)
     assert floors.scoring(shape, 16).bytes == 2 * 3 * 640 * 64 * (4 + 2) + sum(4 * groups for _ in pairs)
     assert floors.selection(shape, 16, 0.5).bytes == sum(4 * groups + 1 for _ in pairs)
-    assert floors.level_merge(shape, 3).bytes == 3 * 2 * 3 * 4 * 640 * 64
-    assert floors.level_merge(shape, 32).bytes == 5 * 2 * 3 * 4 * 640 * 64, "five blocks fill no more than five levels"
+    assert floors.level_merge(shape, 3).bytes == 3 * 3 * 2 * 3 * 4 * 640 * 64
+    assert floors.level_merge(shape, 32).bytes == 3 * 5 * 2 * 3 * 4 * 640 * 64, (
+        "five blocks fill no more than five levels"
+    )
     assert floors.level_attention(shape, 3).flops == floors.attention(shape).flops
 
 

@@ -18,6 +18,9 @@ from xcalib.kernels import (
 from xcalib.kernels.api import attend
 from xcalib.kernels.geometry import Geometry
 
+pytest.importorskip("triton")
+from xcalib.kernels import attention, attention_hopper, selection  # need Triton
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the interpreter's tests stand in"),
@@ -117,7 +120,7 @@ def test_scores_and_selection(size: tuple[int, ...]) -> None:
     ours = select_blocks(scores, taus, **lengths, backend="triton")
     assert torch.equal(ours, select_blocks(scores, taus, **lengths, backend="reference"))
     fused = attend(case.query, case.key, case.key, taus.cuda(), **settings, backend="triton")[1]
-    assert torch.equal(fused, ours.sum(dim=(-2, -1)))
+    assert torch.equal(fused, ours.sum(-1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=IDS)
@@ -165,6 +168,43 @@ def test_sweep(size: tuple[int, ...], dtype: torch.dtype) -> None:
     assert float((ours.kept - truth.kept).abs().max()) <= (0 if dtype == torch.float32 else 4)
     again = sweep_thresholds(case.query, case.key, case.value, grid, projection, **settings, backend="triton")
     assert torch.equal(ours.error, again.error)
+
+
+HOPPER_SIZES = [
+    # (batch, q_heads, k_heads, q_len, k_len, head_dim, block_size)
+    (1, 8, 2, 4096, 4096, 128, 128),
+    (2, 6, 3, 1000, 1901, 128, 128),
+    (1, 16, 1, 129, 7000, 64, 128),
+    (3, 4, 4, 2500, 2500, 64, 128),
+    (1, 2, 1, 1, 128, 128, 128),
+    (1, 1, 1, 64, 64, 64, 128),
+]
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="Hopper's own kernel"
+)
+@pytest.mark.parametrize("size", HOPPER_SIZES, ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_hopper_kernel(size: tuple[int, ...], causal: bool, dtype: torch.dtype) -> None:
+    """Masks of all densities, rows without a block among them: as the plain kernel, which gives the log-sum-exp, computes."""
+    case = make(size, dtype, seed=6)
+    geometry = dataclasses.replace(case.geometry, causal=causal)
+    assert attention_hopper.serves(case.query, case.key, case.value, geometry)
+    generator = torch.Generator("cuda").manual_seed(7)
+    shape = (*case.query.shape[:2], geometry.q_blocks, geometry.k_blocks)
+    density = torch.rand(shape[:3], generator=generator, device="cuda").mul(1.4).sub(0.2)[..., None]
+    mask = torch.rand(shape, generator=generator, device="cuda") < density
+    lists = selection.lists_from_mask(mask, geometry)
+    truth, _ = attention.block_sparse_attention_with_lse(case.query, case.key, case.value, lists, geometry, case.scale)
+    junk = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(4)]
+    del junk  # poisons what the caching allocator hands out next
+    output = attention.block_sparse_attention(case.query, case.key, case.value, lists, geometry, case.scale)
+    assert bool(output.isfinite().all())
+    assert float((output.float() - truth.float()).norm()) <= 5e-3 * float(truth.float().norm())
+    again = attention.block_sparse_attention(case.query, case.key, case.value, lists, geometry, case.scale)
+    assert torch.equal(output, again)
 
 
 def test_cuda_graph() -> None:

@@ -1,6 +1,7 @@
 """Configurations: the table of a known family, else measured once and remembered; the crossover length."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,21 @@ CANDIDATES = (Config(4, 2, {"BLOCK_M": 64}), Config(8, 3, {"BLOCK_M": 128}), Con
 KEY = {"head_dim": 128, "stride": 16}
 
 
+def forget() -> None:
+    tuning._gpu_family.cache_clear()
+    tuning._from_table.cache_clear()
+
+
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A GPU that nobody has measured; the folder of its cache."""
+    forget()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # where there is a GPU, nothing is interpreted
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 1))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "_IN_MEMORY", {})
-    return tmp_path / "xcalib"
+    yield tmp_path / "xcalib"
+    forget()
 
 
 def test_every_rule_of_the_table_is_a_configuration() -> None:
@@ -33,7 +41,6 @@ def test_every_rule_of_the_table_is_a_configuration() -> None:
         "scoring",
         "selection",
         "sweep_attention",
-        "sweep_error",
     }
     for where, kernels in table.items():
         assert where.startswith("sm")

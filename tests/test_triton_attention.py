@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from xcalib.kernels import reference
 from xcalib.kernels.geometry import Geometry
+from xcalib.kernels.order import launch_order
 
 pytest.importorskip("triton")
 from xcalib.kernels import attention  # needs Triton
@@ -321,16 +322,24 @@ def test_output_transposes_to_contiguous() -> None:
     assert output.transpose(1, 2).is_contiguous()
 
 
-def test_rows_are_launched_longest_first_and_near_rows_together() -> None:
-    counts = torch.randint(0, 300, (2, 6, 11), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-    order = attention._launch_order(counts, k_heads=2)
-    assert order.sort().values.tolist() == list(range(counts.numel()))
-    slots = counts.view(2, 2, 3, 11).flip(3).transpose(2, 3).flatten()  # batch, key head, row from the last, member
-    classes = [int(count).bit_length() for count in slots[order]]
-    assert classes == sorted(classes, reverse=True)
-    for length_class in set(classes):
-        members = [int(slot) for slot, its_class in zip(order, classes, strict=True) if its_class == length_class]
-        assert members == sorted(members)
+@settings(max_examples=40, **REPRODUCIBLE)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 300)),
+    longest=st.sampled_from([1, 2, 300, 32_767]),
+    seed=st.integers(0, 99),
+)
+def test_rows_are_launched_longest_first_and_near_rows_together(
+    shape: tuple[int, int, int, int], longest: int, seed: int
+) -> None:
+    batch, k_heads, group, rows = shape
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, longest + 1, (batch, k_heads * group, rows), dtype=torch.int32, generator=generator)
+    order = launch_order(counts, k_heads)
+    assert order[-1] == 0
+    numbers = torch.arange(counts.numel()).view(batch, k_heads, group, rows)
+    near = numbers.flip(3).transpose(2, 3).flatten().tolist()  # batch, key head, row from the last, member
+    lengths = counts.flatten().tolist()
+    assert order[:-1].tolist() == sorted(near, key=lambda number: -lengths[number].bit_length())  # sorted is stable
 
 
 @dataclass(frozen=True)

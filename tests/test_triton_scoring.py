@@ -21,7 +21,7 @@ from xcalib.kernels import reference
 from xcalib.kernels.geometry import Geometry
 
 pytest.importorskip("triton")
-from xcalib.kernels import scoring  # needs Triton
+from xcalib.kernels import quantise, scoring  # need Triton
 from xcalib.kernels.selection import average_lse
 from xcalib.kernels.tuning import Config
 
@@ -310,23 +310,41 @@ def test_a_chunk_of_heads_fits_the_limit() -> None:
 # --- fp8 ------------------------------------------------------------------------------------------------------------
 
 
-def on_the_grid(tokens: torch.Tensor, exponent: int) -> torch.Tensor:
-    """Numbers that e4m3 holds once their head is scaled: nothing is left to rounding, which the interpreter gets wrong."""
-    scaled = tokens * (448 / tokens.float().abs().amax((2, 3), keepdim=True))
-    rounded = scaled.to(torch.float8_e4m3fn).to(tokens.dtype)
-    return torch.where(rounded.abs() < 2.0**-6, 0.0, rounded) * 2.0**exponent
+def peaks(tokens: torch.Tensor, stride: int) -> torch.Tensor:
+    """Largest magnitude of each group of tokens, fp32 ``(batch, heads, groups)``."""
+    padded = functional.pad(tokens.float().abs(), (0, 0, 0, -tokens.shape[2] % stride))
+    return padded.unflatten(2, (-1, stride)).amax((3, 4))
+
+
+def of_tokens(per_group: torch.Tensor, tokens: torch.Tensor, stride: int) -> torch.Tensor:
+    """A group's number for each of its tokens, to be broadcast over their features."""
+    return per_group.repeat_interleave(stride, 2)[:, :, : tokens.shape[2], None]
+
+
+def on_the_grid(tokens: torch.Tensor, stride: int, exponents: tuple[int, ...]) -> torch.Tensor:
+    """Numbers that e4m3 holds once their group is scaled: nothing is left to rounding, which the interpreter gets wrong.
+
+    The groups' scales are two to the power of the exponents, in turn.
+    """
+    peak = peaks(tokens, stride)
+    scaled = tokens * of_tokens(448 / peak, tokens, stride)
+    rounded = scaled.to(torch.float8_e4m3fn).float()
+    rounded = torch.where(rounded.abs() < 2.0**-6, 0.0, rounded)
+    turns = torch.arange(peak.shape[2], device=DEVICE) % len(exponents)
+    scales = 2.0 ** torch.tensor(exponents, device=DEVICE)[turns]
+    return (rounded * of_tokens(scales.expand_as(peak), tokens, stride)).to(tokens.dtype)
 
 
 @settings(max_examples=40, **REPRODUCIBLE)
-@given(case=cases(), exponent=st.sampled_from([-9, -7]))
-def test_fp8_scores_are_those_of_the_scaled_tokens(case: Case, exponent: int) -> None:
+@given(case=cases(), exponents=st.sampled_from([(-9,), (-9, -7), (-8, -10, -7)]))
+def test_fp8_scores_are_those_of_the_scaled_tokens(case: Case, exponents: tuple[int, ...]) -> None:
     case = replace(case, magnitude=1.0)
-    query, key = (on_the_grid(tokens, exponent) for tokens in inputs(case))
+    query, key = (on_the_grid(tokens, case.stride, exponents) for tokens in inputs(case))
     for tokens in (query, key):
         with poisoned():
-            copy, scale = scoring._quantise(tokens)
-        assert bool((scale == 2.0**exponent).all())
-        assert torch.equal(copy.float() * scale[:, :, None, None], tokens.float())
+            copy, scales = quantise.quantise_groups(tokens, case.stride)
+        assert torch.equal(scales, peaks(tokens, case.stride) / 448)
+        assert torch.equal(copy.float() * of_tokens(scales, tokens, case.stride), tokens.float())
     with launched_as(case):
         lse = scoring.block_lse(query, key, precision="fp8", **case.options)
     assert_lse(lse, query, key, case)
@@ -336,24 +354,59 @@ def test_fp8_scores_are_those_of_the_scaled_tokens(case: Case, exponent: int) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_fp8_copies_hold_the_nearest_numbers(dtype: torch.dtype) -> None:
     tokens = torch.randn(2, 3, 300, 80, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    copy, scale = scoring._quantise(tokens)
-    torch.testing.assert_close(scale, tokens.float().abs().amax((2, 3)) / 448, rtol=2 * EPS, atol=0)
-    error = (copy.float() * scale[:, :, None, None] - tokens.float()).abs()
+    copy, scales = quantise.quantise_groups(tokens, 8)
+    torch.testing.assert_close(scales, peaks(tokens, 8) / 448, rtol=2 * EPS, atol=0)
+    scales = of_tokens(scales, tokens, 8)
+    error = (copy.float() * scales - tokens.float()).abs()
     # three bits of mantissa, or the step of the smallest numbers
-    step = torch.maximum(tokens.float().abs() / 16, scale[:, :, None, None] * 2.0**-10)
+    step = torch.maximum(tokens.float().abs() / 16, scales * 2.0**-10)
     assert bool((error <= step * (1 + 4 * EPS)).all())
 
 
 def test_fp8_of_zeros_is_zero() -> None:
     tokens = torch.zeros(1, 2, 40, 33, device=DEVICE)
-    copy, scale = scoring._quantise(tokens)
+    tokens[:, :, 8:16] = 448.0
+    with poisoned():
+        copy, scales = quantise.quantise_groups(tokens, 8)
     assert torch.equal(copy.float(), tokens)
-    assert torch.equal(scale, torch.ones(1, 2, device=DEVICE))
+    assert torch.equal(scales, torch.ones(1, 2, 5, device=DEVICE))
 
 
 def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "family", lambda _: "sm80")
+    monkeypatch.setattr(quantise, "family", lambda _: "sm80")
     query = torch.zeros(1, 1, 64, 32, device=DEVICE)
     options = Case(1, 1, 1, 64, 64, 32, 8, 64).options
     with pytest.raises(ValueError, match=r"precision is 'fp8', which needs .* 9\.0 or more, this one is sm80"):
         scoring.block_lse(query, query, precision="fp8", **options)
+
+
+# --- as the tables of a real GPU launch it ---------------------------------------------------------------------------
+
+LARGE_CASES = [
+    Case(1, 2, 4, 16 * 128, 16 * 128, 128, 16, 128),
+    Case(2, 2, 3, 16 * 555, 16 * 777, 128, 16, 128, seed=1),
+    Case(1, 1, 1, 8 * 2345, 8 * 2500, 128, 8, 64, causal=False, layout="tokens first", seed=2),
+    Case(1, 2, 2, 8 * 700, 8 * 701, 256, 8, 128, pattern="diagonal", layout="amid NaN", seed=3),
+    Case(1, 4, 8, 4 * 1300, 4 * 1300, 128, 4, 128, seed=4),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a GPU that has fp8"
+)
+@pytest.mark.parametrize("precision", ["native", "fp8"])
+@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+def test_large_scores_in_both_precisions(case: Case, precision: str) -> None:
+    case = replace(case, dtype=torch.bfloat16)
+    query, key = inputs(case)
+    if precision == "fp8":
+        query, key = (in_layout(on_the_grid(t, case.stride, (-8, -7)), case.layout) for t in (query, key))
+    with poisoned():
+        lse = scoring.block_lse(query, key, precision=precision, **case.options)
+    truth = plain_lse(query, key, case, torch.float64)
+    may_read = readable(case)
+    assert torch.equal((lse > -torch.inf)[..., may_read], (truth > -torch.inf)[..., may_read])
+    # the tensor cores keep 13 bits of a sum of e4m3 products
+    tolerance = 2e-2 if precision == "fp8" else 1e-3
+    torch.testing.assert_close(lse[..., may_read].double(), truth[..., may_read], atol=tolerance, rtol=0)

@@ -1,7 +1,7 @@
 """The Triton sweep against the reference's, in Triton's interpreter (tests/test_gpu.py repeats it on a GPU).
 
-fp32 agrees to the reference's own accuracy. In fp16 the kernels round weights, projected values, the levels' means and the
-shares in which they are merged to 11 bits; what that may do to an error is bounded from the data of each case.
+fp32 agrees to the reference's own accuracy. In fp16 the kernel rounds weights, factors, projected values, and the
+levels' means and their differences to 11 bits; what that may do to an error is bounded from the data of each case.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from xcalib.kernels import SweepResult, reference
 from xcalib.kernels.geometry import Geometry
+from xcalib.models.structure import compact_projection
 
 pytest.importorskip("triton")
 from xcalib.kernels import sweep  # needs Triton
@@ -333,6 +334,34 @@ def test_bounded_memory_changes_no_bit(bound: str, size: int, monkeypatch: pytes
     parts = sweep.sweep_thresholds(*data.arguments)
     assert torch.equal(parts.error, whole.error)
     assert torch.equal(parts.kept, whole.kept)
+
+
+@pytest.mark.parametrize("heads_at_once", [1, 2, 3, 4], ids=lambda heads: f"at most {heads}")
+def test_heads_in_parts_change_no_bit(heads_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are whole groups that share a key head, or single heads."""
+    data = inputs(Case(2, 2, 2, 70, 130, 40, 24, 9, seed=14, dtype=torch.float16))
+    whole = sweep.sweep_thresholds(*data.arguments)
+    monkeypatch.setattr(sweep, "PROJECTED_ELEMENTS", data.value[:, 0].numel() * heads_at_once)
+    parts = sweep.sweep_thresholds(*data.arguments)
+    assert torch.equal(parts.error, whole.error)
+    assert torch.equal(parts.kept, whole.kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_a_level_for_each_block(dtype: torch.dtype) -> None:
+    """Equal scores: with as many thresholds as blocks every block is a level, and none holds two."""
+    case = Case(1, 1, 1, 128, 1088, 32, 40, 20, dtype=dtype, seed=15)
+    data = inputs(case)
+    even = replace(data, scores=torch.full_like(data.scores, 1 / 17), grid=torch.linspace(0, 1, 20))
+    assert_matches(case, sweep.sweep_thresholds(*even.arguments), truth_of(case, even))
+
+
+def test_a_wide_projection_and_its_square_factor_give_the_same() -> None:
+    """A factor is used as it is; a projection to more dimensions than the head's is factored first."""
+    data = inputs(replace(SMALL, rank=80))
+    square = replace(data, projection=compact_projection(data.projection))
+    expected = sweep.sweep_thresholds(*data.arguments).error
+    torch.testing.assert_close(sweep.sweep_thresholds(*square.arguments).error, expected, rtol=1e-4, atol=1e-12)
 
 
 def test_two_runs_give_the_same_bits() -> None:

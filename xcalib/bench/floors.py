@@ -101,21 +101,20 @@ def selection(shape: Shape, stride: int, density: float) -> Cost:
 
 
 def projection(shape: Shape) -> Cost:
-    """Values times one square factor per query head, in fp32; written in the elements of the sweep's value (16 bits)."""
+    """Values times one square factor per query head, in 16 bits."""
     flops = 2 * shape.batch * shape.q_heads * shape.length * shape.head_dim**2
     return Cost(flops, shape.tensor_bytes(shape.k_heads) + shape.tensor_bytes(shape.q_heads))
 
 
 def level_attention(shape: Shape, levels: int = 32) -> Cost:
-    """The sweep's first kernel: every visible block, and one mean per query and level written (fewer where levels are empty)."""
+    """The sweep's walk: every visible block, and one mean per query and level written (fewer where levels are empty)."""
     dense = attention(shape)
     return Cost(dense.flops, dense.bytes - shape.tensor_bytes(shape.k_heads) + _means_bytes(shape, levels))
 
 
 def level_merge(shape: Shape, levels: int = 32) -> Cost:
-    """The sweep's second kernel: reads the means once; per query one (levels x levels) x (levels x D) product."""
-    flops = 2 * levels**2 * shape.head_dim * shape.batch * shape.q_heads * shape.length
-    return Cost(flops, _means_bytes(shape, levels))
+    """The sweep's end of a row: reads the means, writes differences in their place and reads those; no tensor cores."""
+    return Cost(0.0, 3 * _means_bytes(shape, levels))
 
 
 def _means_bytes(shape: Shape, levels: int) -> float:

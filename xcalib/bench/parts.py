@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from xcalib import kernels
 from xcalib.bench.data import Inputs
 from xcalib.kernels.api import attend
 from xcalib.kernels.geometry import Geometry
+from xcalib.kernels.tuning import crossover
 
 __all__ = ["Parts", "Selected"]
 
@@ -75,8 +77,27 @@ class Parts:
 
         return functools.partial(select_from_lse, scored, thresholds.to(scored.device), self.geometry, stride)
 
+    def choose(self, inputs: Inputs, thresholds: torch.Tensor, stride: int, precision: str) -> Call:
+        """Scoring and selection in one call, as the whole makes them."""
+        if self.backend != "triton":
+            if precision == "fp8":
+                raise ValueError("fp8 scores need Triton on a GPU that has fp8")
+            scoring = self.scoring(inputs, stride)
+
+            def choose() -> object:
+                return self.selection(scoring(), thresholds, stride)()
+
+            return choose
+        from xcalib.kernels.pipeline import choose_blocks
+
+        settings: dict[str, Any] = {"stride": stride, "scale": self.scale, "precision": precision}
+        limits = thresholds.to(inputs.query.device)
+        return functools.partial(
+            choose_blocks, inputs.query, inputs.key, limits, self.geometry, pattern="antidiagonal", **settings
+        )
+
     def selected(self, found: Any) -> Selected:
-        """What a call of :meth:`selection` returned."""
+        """What a call of :meth:`selection` or :meth:`choose` returned."""
         if self.backend != "triton":
             return Selected(found)
         from xcalib.kernels.selection import mask_from_lists
@@ -96,11 +117,23 @@ class Parts:
         tensors = (inputs.query, inputs.key, inputs.value)
         return functools.partial(attend, *tensors, limits, stride=stride, **self._options)
 
+    def served(self, inputs: Inputs, thresholds: torch.Tensor, stride: int) -> tuple[Call, str]:
+        """What a model under a profile runs, and which path that is: below the crossover dense attention, by torch's choice."""
+        if self.geometry.k_len >= crossover(inputs.query.device):
+            return self.whole(inputs, thresholds, stride), "sparse"
+        tensors = (inputs.query, inputs.key, inputs.value)
+        grouped = inputs.query.shape[1] != inputs.key.shape[1]
+        attention = functional.scaled_dot_product_attention
+        return functools.partial(attention, *tensors, is_causal=self.geometry.causal, enable_gqa=grouped), "dense"
+
     def sweep(self, inputs: Inputs, levels: int, stride: int) -> Call:
-        """Scoring and the sweep of a grid, dense near 1 as curves need it, through random output projections."""
+        """Scoring and the sweep of a grid, dense near 1 as curves need it, through random output projections.
+
+        These are square: collecting compacts a model's to that, once.
+        """
         device, heads = inputs.query.device, inputs.query.shape[1]
         grid = 1 - torch.linspace(1, 0, levels, dtype=torch.float64, device=device) ** 2
         generator = torch.Generator(device=device).manual_seed(0)
-        projection = torch.randn((heads, self.head_dim, 2 * self.head_dim), generator=generator, device=device)
+        projection = torch.randn((heads, self.head_dim, self.head_dim), generator=generator, device=device)
         tensors = (inputs.query, inputs.key, inputs.value)
         return functools.partial(kernels.sweep_thresholds, *tensors, grid, projection, stride=stride, **self._options)

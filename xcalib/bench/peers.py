@@ -4,10 +4,10 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from xcalib.bench.data import Inputs
 from xcalib.kernels.geometry import Geometry
 
-__all__ = ["DENSE", "SPARSE", "Peer", "missing"]
+__all__ = ["DENSE", "SPARSE", "Candidate", "Peer", "missing", "needs"]
 
 Call = Callable[[], object]
 FLASHINFER_WORKSPACE = 512 * 2**20
@@ -38,7 +38,17 @@ class Peer:
     prepare: Callable[[Inputs, torch.Tensor | None, Geometry], tuple[Call, str]]
 
 
-def missing(peers: tuple[Peer, ...], device: torch.device) -> dict[str, str]:
+class Candidate(Protocol):
+    """What may or may not be on this machine."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reason(self) -> Callable[[torch.device], str | None]: ...
+
+
+def missing(peers: Iterable[Candidate], device: torch.device) -> dict[str, str]:
     """The peers that this machine does not have, with the reason."""
     reasons = {peer.name: peer.reason(device) for peer in peers}
     return {name: reason for name, reason in reasons.items() if reason is not None}
@@ -153,7 +163,7 @@ def _single(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return inputs.query, inputs.key, inputs.value
 
 
-def _needs(module: str) -> Callable[[torch.device], str | None]:
+def needs(module: str) -> Callable[[torch.device], str | None]:
     """A package that runs on CUDA and may not be installed, or may fail to load."""
 
     def reason(device: torch.device) -> str | None:
@@ -185,10 +195,10 @@ DENSE = (
         Peer(name, functools.partial(_sdpa_reason, backend), functools.partial(_sdpa, backend))
         for name, backend in _BACKENDS.items()
     ),
-    Peer("flash-attention-4", _needs("flash_attn.cute"), _flash_attention_4),
-    Peer("flashinfer", _needs("flashinfer"), _flashinfer_dense),
+    Peer("flash-attention-4", needs("flash_attn.cute"), _flash_attention_4),
+    Peer("flashinfer", needs("flashinfer"), _flashinfer_dense),
 )
 SPARSE = (
-    Peer("flex-attention", _needs("torch.nn.attention.flex_attention"), _flex),
-    Peer("flashinfer-sparse", _needs("flashinfer"), _flashinfer_sparse),
+    Peer("flex-attention", needs("torch.nn.attention.flex_attention"), _flex),
+    Peer("flashinfer-sparse", needs("flashinfer"), _flashinfer_sparse),
 )

@@ -78,7 +78,7 @@ def _breakdown(axes: "Axes", ratios: list[dict[str, Any]]) -> None:
 
 
 def _asked(row: dict[str, Any]) -> str:
-    return f"tau {row['tau']:g}" if "tau" in row else f"{row['density']:.0%}"
+    return f"tau {row['tau']:g}" if "tau" in row else f"{100 * row['density']:.3g}%"
 
 
 def _tokens(length: int) -> str:

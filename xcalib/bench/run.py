@@ -15,8 +15,10 @@ from xcalib.bench.data import Inputs, copies, structured_inputs, thresholds_for_
 from xcalib.bench.machine import describe_machine, describe_versions
 from xcalib.bench.parts import Parts, Selected
 from xcalib.bench.peers import DENSE, SPARSE, Peer, missing
-from xcalib.bench.report import summarise
-from xcalib.bench.suites import Suite, Task, suite_of
+from xcalib.bench.public import PUBLIC, Public
+from xcalib.bench.suites import Suite, suite_of
+from xcalib.bench.summary import summarise
+from xcalib.bench.tasks import Task
 from xcalib.bench.timing import Budget, measure
 from xcalib.errors import BenchError
 from xcalib.kernels.backends import resolve
@@ -62,8 +64,9 @@ def run_bench(
         raise BenchError(f"suite {suite.name!r} needs a CUDA device: on {device.type} only 'smoke' runs")
     if not out.parent.is_dir():
         raise BenchError(f"{out.parent} is not a folder: nothing could be written to {out}")
-    absent = missing((*DENSE, *SPARSE), device)
+    absent = missing((*DENSE, *SPARSE, *PUBLIC), device)
     dense, sparse = (tuple(peer for peer in peers if peer.name not in absent) for peers in (DENSE, SPARSE))
+    public = tuple(form for form in PUBLIC if form.name not in absent)
     results: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "command": command,
@@ -77,8 +80,10 @@ def run_bench(
         "unavailable": absent,
         "measurements": [],
     }
-    tasks = list(suite.tasks(tuple(peer.name for peer in dense), tuple(peer.name for peer in sparse)))
-    runner = _Runner(suite, device, seed, {peer.name: peer for peer in (*dense, *sparse)}, Budget(budget_seconds))
+    names = (tuple(peer.name for peer in peers) for peers in (dense, sparse, public))
+    tasks = list(suite.tasks(*names))
+    peers = {peer.name: peer for peer in (*dense, *sparse)}
+    runner = _Runner(suite, device, seed, peers, {form.name: form for form in public}, Budget(budget_seconds))
     with progress("measuring", len(tasks)) as advance, torch.no_grad():
         for task in tasks:
             results["measurements"].append(runner.run(task))
@@ -98,14 +103,23 @@ def _write(results: dict[str, Any], out: Path) -> None:
 class _Runner:
     """Measures single tasks; inputs, scores and masks of one length are kept for the tasks that follow."""
 
-    def __init__(self, suite: Suite, device: torch.device, seed: int, peers: dict[str, Peer], budget: Budget) -> None:
-        self.suite, self.device, self.seed, self.peers, self.budget = suite, device, seed, peers, budget
+    def __init__(
+        self,
+        suite: Suite,
+        device: torch.device,
+        seed: int,
+        peers: dict[str, Peer],
+        public: dict[str, Public],
+        budget: Budget,
+    ) -> None:
+        self.suite, self.device, self.seed, self.budget = suite, device, seed, budget
+        self.peers, self.public = peers, public
         self.kept: dict[Any, Any] = {}
         self.length = 0
 
     def run(self, task: Task) -> dict[str, Any]:
         """The record of one task: ``status`` is ok, error (with the reason) or skipped (the budget was spent)."""
-        record: dict[str, Any] = {key: value for key, value in asdict(task).items() if value not in (None, "")}
+        record = task.settings()
         if self.budget.spent:
             return record | {"status": "skipped", "reason": "the budget of seconds was spent"}
         if task.length != self.length:
@@ -224,6 +238,26 @@ class _Runner:
         assert task.stride is not None
         parts, thresholds = self._parts(), self._thresholds(task)
         return [parts.whole(inputs, thresholds, task.stride) for inputs in self._inputs()], self._facts(task)
+
+    def _choose(self, task: Task) -> tuple[list[Call], dict[str, Any]]:
+        assert task.stride is not None
+        parts, thresholds = self._parts(), self._thresholds(task)
+        calls = [parts.choose(inputs, thresholds, task.stride, task.precision) for inputs in self._inputs()]
+        found = parts.selected(calls[0]()).density(self.geometry)
+        return calls, {"backend": parts.backend, "found_density": found}
+
+    def _public(self, task: Task) -> tuple[list[Call], dict[str, Any]]:
+        assert task.stride is not None
+        form, thresholds = self.public[task.peer], self._thresholds(task)
+        made = [form.prepare(inputs, thresholds, task.stride, self.geometry) for inputs in self._inputs()]
+        found = Selected(made[0][0]()).density(self.geometry)
+        return [call for call, _ in made], {"found_density": found, "note": made[0][1]}
+
+    def _served(self, task: Task) -> tuple[list[Call], dict[str, Any]]:
+        assert task.stride is not None
+        parts, thresholds = self._parts(), self._thresholds(task)
+        made = [parts.served(inputs, thresholds, task.stride) for inputs in self._inputs()]
+        return [call for call, _ in made], {"backend": parts.backend, "path": made[0][1]}
 
     def _sweep(self, task: Task) -> tuple[list[Call], dict[str, Any]]:
         assert task.stride is not None

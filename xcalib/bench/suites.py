@@ -4,9 +4,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from xcalib.bench import hopper
+from xcalib.bench.goals import Goal
+from xcalib.bench.tasks import Task
 from xcalib.errors import BenchError
 
-__all__ = ["SUITES", "Suite", "Task", "suite_of"]
+__all__ = ["SUITES", "Suite", "suite_of"]
+
+GOALS_ARE_FOR = {"q_heads", "k_heads", "head_dim", "batch", "dtype", "block_size", "levels", "tau"}
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,8 @@ class Suite:
         crossover_lengths: further lengths, where only dense attention and the whole of xattention are measured.
         strides: S.
         densities: of the masks, found by per-head thresholds.
+        densities_at: other densities at some lengths.
+        cells: single measurements beside those; one of kind public is made with every form of the public implementation.
         q_heads: query heads.
         k_heads: KV heads.
         head_dim: of all heads.
@@ -28,6 +35,7 @@ class Suite:
         levels: of the sweep's grid.
         tau: threshold of all heads where the crossover is looked for.
         limit_seconds: at most about this long for the repetitions of one measurement.
+        goals: that the measurements are held against.
     """
 
     name: str
@@ -35,6 +43,8 @@ class Suite:
     crossover_lengths: tuple[int, ...] = ()
     strides: tuple[int, ...] = (8, 16)
     densities: tuple[float, ...] = (0.05, 0.10, 0.25, 0.50)
+    densities_at: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    cells: tuple[Task, ...] = ()
     q_heads: int = 32
     k_heads: int = 8
     head_dim: int = 128
@@ -44,60 +54,42 @@ class Suite:
     levels: int = 32
     tau: float = 0.9
     limit_seconds: float = 2.0
+    goals: tuple[Goal, ...] = ()
 
     def settings(self) -> dict[str, Any]:
         """JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        nested = {"cells": [cell.settings() for cell in self.cells], "goals": [goal.settings() for goal in self.goals]}
+        return plain | nested | {"densities_at": {str(length): list(found) for length, found in self.densities_at}}
 
-    def tasks(self, dense: tuple[str, ...], sparse: tuple[str, ...]) -> Iterator["Task"]:
+    def tasks(self, dense: tuple[str, ...], sparse: tuple[str, ...], public: tuple[str, ...] = ()) -> Iterator[Task]:
         """All measurements, by length; those that the crossover needs come first at each length.
 
         Args:
             dense: names of the dense peers.
             sparse: names of the peers that take our mask; they are measured on the first stride's.
+            public: names of the public implementation's forms.
         """
         for length in sorted({*self.lengths, *self.crossover_lengths}):
             yield from (Task(length, "dense", peer=peer) for peer in dense)
             yield from (Task(length, "whole", stride=stride, tau=self.tau) for stride in self.strides)
-            if length not in self.lengths:
-                continue
-            for stride in self.strides:
-                yield Task(length, "scoring", stride=stride)
-                for density in self.densities:
-                    for kind in ("selection", "attention", "whole"):
-                        yield Task(length, kind, stride=stride, density=density)
-            yield Task(length, "sweep", stride=self.strides[-1])
-            for peer in sparse:
-                for density in self.densities:
-                    yield Task(length, "sparse", peer=peer, stride=self.strides[0], density=density)
+            if length in self.lengths:
+                yield from self._regular(length, sparse)
+            for cell in self.cells:
+                if cell.length == length:
+                    yield from (replace(cell, peer=peer) for peer in public) if cell.kind == "public" else (cell,)
 
-
-@dataclass(frozen=True)
-class Task:
-    """One measurement.
-
-    Attributes:
-        length: queries and keys.
-        kind: dense, scoring, selection, attention, whole, sweep or sparse (a peer on our mask).
-        peer: whose kernel; empty for ours.
-        stride: where blocks are scored.
-        density: of the mask that is wanted.
-        tau: one threshold for all heads instead of a density.
-    """
-
-    length: int
-    kind: str
-    peer: str = ""
-    stride: int | None = None
-    density: float | None = None
-    tau: float | None = None
-
-    def __str__(self) -> str:
-        parts = [f"{self.kind} {self.peer}".strip(), f"at {self.length}"]
-        parts += [f"S={self.stride}"] if self.stride else []
-        parts += [f"density {self.density:g}"] if self.density is not None else []
-        parts += [f"tau {self.tau:g}"] if self.tau is not None else []
-        return " ".join(parts)
+    def _regular(self, length: int, sparse: tuple[str, ...]) -> Iterator[Task]:
+        densities = dict(self.densities_at).get(length, self.densities)
+        for stride in self.strides:
+            yield Task(length, "scoring", stride=stride)
+            for density in densities:
+                for kind in ("selection", "attention", "whole"):
+                    yield Task(length, kind, stride=stride, density=density)
+        yield Task(length, "sweep", stride=self.strides[-1])
+        for peer in sparse:
+            for density in densities:
+                yield Task(length, "sparse", peer=peer, stride=self.strides[0], density=density)
 
 
 SUITES = {
@@ -113,17 +105,31 @@ SUITES = {
         block_size=64,
         levels=6,
         limit_seconds=0.03,
+        cells=(
+            Task(128, "served", stride=16, tau=0.9),
+            Task(256, "choose", stride=16, density=0.5, precision="native"),
+            Task(256, "public", stride=16, density=0.5),
+        ),
     ),
     "hopper": Suite(
         "hopper",
-        lengths=(8_192, 32_768, 65_536, 131_072, 262_144),
-        crossover_lengths=(1_024, 2_048, 3_072, 4_096, 6_144),
+        lengths=hopper.LENGTHS,
+        crossover_lengths=hopper.CROSSOVER_LENGTHS,
+        strides=hopper.STRIDES,
+        densities=hopper.DENSITIES,
+        densities_at=((262_144, (0.05, 0.10)),),  # to keep the suite short
+        cells=hopper.CELLS,
+        tau=hopper.TAU,
+        goals=hopper.GOALS,
     ),
 }
 
 
 def suite_of(name: str, **changes: Any) -> Suite:
-    """The suite of that name with some settings changed; a change of the lengths leaves out the extra crossover lengths.
+    """The suite of that name with some settings changed.
+
+    A change of the lengths leaves out the extra crossover lengths, one of lengths, strides or densities the single
+    measurements that no longer belong, and one of the shapes, of tau or of the levels the goals, which are not for those.
 
     Raises:
         BenchError: no such suite or setting, or values that the kernels do not take.
@@ -137,9 +143,24 @@ def suite_of(name: str, **changes: Any) -> Suite:
     if "lengths" in changes:
         changes.setdefault("crossover_lengths", ())
     tuples: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
-    suite = replace(SUITES[name], **tuples)
+    suite = _fitting(replace(SUITES[name], **tuples), set(changes))
     _check(suite)
     return suite
+
+
+def _fitting(suite: Suite, changed: set[str]) -> Suite:
+    """Without the cells and goals that are not for the settings that were changed."""
+    asked = (None, *suite.densities)
+    cells = tuple(
+        cell
+        for cell in suite.cells
+        if cell.length in {*suite.lengths, *suite.crossover_lengths}
+        and cell.stride in suite.strides
+        and ("densities" not in changed or cell.density in asked)
+    )
+    goals = () if changed & GOALS_ARE_FOR else suite.goals
+    densities_at = () if "densities" in changed else suite.densities_at
+    return replace(suite, cells=cells, goals=goals, densities_at=densities_at)
 
 
 def _check(suite: Suite) -> None:

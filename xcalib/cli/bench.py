@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from xcalib.bench import draw, render, run_bench, suite_of
+from xcalib._files import replace_file
+from xcalib.bench import draw, markdown, render, run_bench, suite_of
 from xcalib.cli import options as opt
 from xcalib.cli.output import console, print_json, progress, resumable
 from xcalib.errors import BenchError
@@ -30,6 +31,7 @@ def bench(
         "xcalib-bench.json"
     ),
     png: Annotated[Path | None, typer.Option(help="Picture (needs matplotlib: the extra `bench`).")] = None,
+    md: Annotated[Path | None, typer.Option(help="The tables as Markdown.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Tokens, as 8192,32768.")] = None,
     densities: Annotated[str | None, typer.Option(help="Shares of blocks kept, as 0.1,0.25.")] = None,
     strides: Annotated[str | None, typer.Option(help="S, as 8,16.")] = None,
@@ -41,17 +43,28 @@ def bench(
     budget_seconds: Annotated[
         float | None, typer.Option(help="Begin nothing after so many seconds; what is left out is listed.")
     ] = None,
+    limit_seconds: Annotated[
+        float | None, typer.Option(help="About so long for the repetitions of one measurement; default the suite's.")
+    ] = None,
     seed: opt.Seed = 0,
     as_json: opt.Json = False,
 ) -> None:
-    """Time the kernels against dense attention and other tools on this machine, and find the length from which sparse wins."""
+    """Time the kernels against dense attention and other tools on this machine, and find the length from which sparse wins.
+
+    Tools that are not installed are listed. The method's public implementation is measured where a checkout of
+    github.com/mit-han-lab/x-attention (and its block_sparse_attn) is on PYTHONPATH.
+    """
+    for path in filter(None, (md, png)):
+        if not path.parent.is_dir():
+            raise BenchError(f"{path.parent} is not a folder: nothing could be written to {path}")
     name = "smoke" if smoke else suite
     numbers = {
         "lengths": _numbers("lengths", lengths, int),
         "densities": _numbers("densities", densities, float),
         "strides": _numbers("strides", strides, int),
     }
-    scalars = {"q_heads": q_heads, "k_heads": k_heads, "head_dim": head_dim, "dtype": dtype, "block_size": block_size}
+    scalars: dict[str, Any] = {"q_heads": q_heads, "k_heads": k_heads, "head_dim": head_dim, "dtype": dtype}
+    scalars |= {"block_size": block_size, "limit_seconds": limit_seconds}
     chosen = suite_of(name, **numbers, **scalars)
     changes = {key.replace("_", "-"): value for key, value in (numbers | scalars).items() if value is not None}
     typed = [
@@ -62,6 +75,8 @@ def bench(
     with resumable(f"what was measured is in {out}"):
         results = run_bench(chosen, out, command=command, budget_seconds=budget_seconds, seed=seed, progress=progress)
     render(results, console)
+    if md is not None:
+        replace_file(md, markdown(results).encode())
     if png is not None:
         draw(results, png)
     console.print(f"wrote {out}", markup=False, soft_wrap=True)

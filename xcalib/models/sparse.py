@@ -211,7 +211,7 @@ class SparseAttention:
             self._reasons[str(reason)] = self._reasons.get(str(reason), 0) + 1
             return None
         output, kept_blocks = self._attend(call, self._thresholds(call.query.device)[bin_index, call.layer])
-        kept = kept_blocks.sum(0)  # (Hq,)
+        kept = kept_blocks.sum((0, 2))  # int64 (Hq,)
         counts.kept_sparse = kept if counts.kept_sparse is None else counts.kept_sparse.to(kept.device) + kept
         counts.sparse_calls += 1
         self._extrapolated += self._plan.is_beyond(k_len)
@@ -241,7 +241,7 @@ class SparseAttention:
         return self._on_device[device]
 
     def _attend(self, call: AttentionCall, thresholds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output ``(batch, q_heads, q_len, head_dim)`` and how many blocks were kept for it, ``(batch, q_heads)``."""
+        """The output ``(batch, q_heads, q_len, head_dim)`` and the blocks kept for it, ``(batch, q_heads, q_blocks)``."""
         plan = self._plan
         return attend(
             call.query,
