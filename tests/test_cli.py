@@ -1,5 +1,6 @@
 """The command line, in this process: whole jobs on a tiny model, and one line for everything that is wrong."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from xcalib.cli import main
+from xcalib.collect import load_curves
+from xcalib.collect.curves import save_curves
 from xcalib.collect.measure import Sweeper
 from xcalib.models.logits import LogitHead
 from xcalib.profile import load_profile, make_profile, save_profile
@@ -408,6 +411,92 @@ def test_a_good_file_stays_when_overwriting_fails(copied: Path, run: Run, monkey
     assert_refused(result, r"good\.yaml: .*No space left on device")
     assert (copied / "good.yaml").read_bytes() == before
     assert not list(copied.glob(".*.tmp"))
+
+
+# --- the ship gate
+
+
+MISSING = ["search", "tiny", "--curves", "hopeful", *CALIBRATION, "--heldout-samples", "2", "-t", "a:kl=1e-5"]
+
+
+@pytest.fixture
+def hopeful(copied: Path) -> Path:
+    """Beside ``good.yaml``, curves that promise a thousandth of the KL that comes out."""
+    curves = load_curves("xcalib-out/tiny/curves")
+    (copied / "hopeful").mkdir()
+    save_curves(dataclasses.replace(curves, gain=curves.gain / 1000), copied / "hopeful")
+    return copied
+
+
+def test_a_missed_target_writes_nothing(hopeful: Path, run: Run) -> None:
+    before = (hopeful / "good.yaml").read_bytes()
+    replacing = run(*MISSING, "--out", "good.yaml", "--overwrite", "--json")
+    assert (hopeful / "good.yaml").read_bytes() == before
+    new = run(*MISSING, "--out", "new.yaml", "--resume")
+    assert not (hopeful / "new.yaml").exists()
+    assert not list(hopeful.glob(".*.tmp"))
+    for result, place in ((replacing, r"good\.yaml stays as it was"), (new, r"new\.yaml is not written")):
+        assert result.code == 3, result.err
+        last = result.err.rstrip("\n").splitlines()[-1]
+        measured = r"measured [\d.]+ nats per token, [\d.]+% above, 95% interval [\d.]+ to [\d.]+ \(2 samples\)"
+        assert re.match(rf"error: a: kl=1e-05 missed on held-out data: {measured}; {place}: ", last), last
+        for advice in ("--num-samples", "looser --target", "--resume --force"):
+            assert advice in last
+        assert "Traceback" not in result.err
+    printed = replacing.json()
+    assert printed["profile"] is None
+    assert printed["verdicts"]["a"]["outcome"] == "missed"
+    (point,) = printed["points"]
+    assert point["verified"] is False
+    assert 1e-5 < point["heldout"]["intervals"]["kl"][0] <= point["heldout"]["kl"]
+    assert new.out == ""
+
+
+@pytest.mark.filterwarnings("always::xcalib.errors.XcalibWarning")
+def test_force_keeps_what_missed(hopeful: Path, run: Run) -> None:
+    assert run(*MISSING, "--out", "kept.yaml").code == 3
+    result = run(*MISSING, "--out", "kept.yaml", "--resume", "--force", "--json")
+    assert result.code == 0, result.err
+    assert "warning: a: kl=1e-05 missed on held-out data" in result.err
+    assert "kept, marked unverified" in " ".join(result.err.split())
+    point = load_profile("kept.yaml").point()
+    assert point.verified is False
+    assert point.heldout is not None and point.heldout.intervals is not None
+    assert result.json()["points"][0]["verified"] is False
+    checked = run("validate", "good.yaml", "kept.yaml")
+    assert checked.code == 0
+    assert checked.err.splitlines() == ["good.yaml: valid", "kept.yaml: valid; NOT verified: a (kl=1e-05)"]
+    shown = run("show", "kept.yaml").out
+    assert re.search(r"95% from +[\d.]+(e-\d+)? *\n +95% to ", shown)
+    assert re.search(r"a: kl=1e-05 by .*; NOT\s+verified", shown)
+    assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_met_targets_are_verified(finished: tuple[Path, Result], run: Run) -> None:
+    folder, result = finished
+    assert [point.verified for point in load_profile(folder / "good.yaml").points] == [True] * 3
+    assert "balanced: density=0.75 met on held-out data: measured density 0." in result.err
+    assert "balanced: density=0.75 by knapsack" in run("show", folder / "good.yaml").out
+
+
+def test_no_heldout_data_no_verification(copied: Path, run: Run) -> None:
+    result = run("search", "--curves", "xcalib-out/tiny/curves", "-t", "a:kl=0.1", "--out", "new.yaml")
+    assert result.code == 0, result.err
+    assert "a: kl=0.1: not verified: there are no held-out figures" in result.err
+    assert load_profile("new.yaml").point().verified is False
+    assert "new.yaml: valid; NOT verified: a (kl=0.1)" in run("validate", "new.yaml").err
+
+
+def test_evaluation_shows_intervals(copied: Path, run: Run) -> None:
+    small = ["-p", "good.yaml", "--point", "fast", "--max-length", "384", "--json"]
+    two, one = (run("evaluate", "tiny", *small, "--num-samples", count) for count in ("2", "1"))
+    low, high = two.json()["plans"][0]["kl_interval"]
+    assert low <= two.json()["plans"][0]["kl"] <= high
+    assert re.search(rf"95% from │ +│ +{low:.4f} │", two.err)
+    assert "intervals are bootstrapped over samples" in " ".join(two.err.split())
+    assert one.json()["plans"][0]["kl_interval"] is None
+    assert "95%" not in one.err
+    assert "no interval from 1 sample" in " ".join(one.err.split())
 
 
 def other_model(folder: Path, name: str) -> Path:

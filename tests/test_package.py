@@ -187,6 +187,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "xcalib.search": {"cli"},
     "xcalib.bench": {"search", "collect", "evaluation", "cli", "data", "models", "profile", "runtime"},
     "xcalib.runtime": {"search", "collect", "evaluation", "cli", "data"},
+    "xcalib.interop": {"search", "collect", "evaluation", "cli", "data", "kernels", "runtime"},
     "xcalib.profile": {"search", "collect", "evaluation", "cli", "data", "models", "kernels", "runtime"},
 }
 

@@ -77,7 +77,7 @@ WRONG_VALUES: list[tuple[KeyPath, object, str]] = [
     ((*FIRST, "name"), "Fast", "points[0].name: must match pattern '^[a-z][a-z0-9_-]{0,31}$', got 'Fast'"),
     ((*FIRST, "name"), "a\n", r"points[0].name: must match pattern '^[a-z][a-z0-9_-]{0,31}$', got 'a\n'"),
     ((*FIRST, "name"), "other", "default_point: no point called 'balanced'; there is: other"),
-    ((*FIRST, "method"), "dp", "points[0].method: must be 'knapsack', 'paper' or 'uniform', got 'dp'"),
+    ((*FIRST, "method"), "dp", "points[0].method: must be 'knapsack', 'paper', 'uniform' or 'imported', got 'dp'"),
     ((*FIRST, "predicted", "density"), 1.1, "points[0].predicted.density: must be less than or equal to 1, got 1.1"),
     ((*FIRST, "predicted", "kl"), -1, "points[0].predicted.kl: must be greater than or equal to 0, got -1"),
     ((*FIRST, "predicted", "kl"), None, "points[0].predicted.kl: must be a valid number, got None"),
@@ -159,7 +159,7 @@ def test_defaults_are_filled_in_and_hashed() -> None:
     data = fields()
     for section, key in (("model", "commit"), ("method", "pattern"), ("calibration", "gain_samples")):
         del data[section][key]
-    for key in ("heldout", "bound"):
+    for key in ("heldout", "bound", "verified"):
         del data["points"][0][key]
     made = make_profile(**data)
     assert (made.method.pattern, made.calibration.gain_samples) == ("antidiagonal", 0)

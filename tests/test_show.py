@@ -20,7 +20,14 @@ def shaped(layers: int, heads: int, **fields: Any) -> Profile:
     """A profile with tau = (layer + head) / (layers + heads - 2): 0 at the first head, 1 at the last."""
     rows = [[(layer + head) / (layers + heads - 2) for head in range(heads)] for layer in range(layers)]
     point = {**EXAMPLE.points[0].model_dump(), "thresholds": [rows]}
-    other = {**point, "name": "other", "heldout": None, "bound": None, "thresholds": [[[0.5] * heads] * layers]}
+    other = {
+        **point,
+        "name": "other",
+        "heldout": None,
+        "bound": None,
+        "verified": None,
+        "thresholds": [[[0.5] * heads] * layers],
+    }
     model = {**EXAMPLE.model.model_dump(), "layers": layers, "query_heads": heads, "kv_heads": 1}
     shape = {"model": model, "points": [point, other], "dense_layers": (), "length_bins": EXAMPLE.length_bins[:1]}
     return make_profile(**{**dict(EXAMPLE), **shape, **fields})

@@ -1,7 +1,15 @@
 """Every error that xcalib raises on purpose; the command line prints its one line and exits with code 2.
 
-Bad tensor arguments to :mod:`xcalib.kernels` are plain :class:`ValueError`, as in torch.
+A target that held-out data say is missed ends with code 3. Bad tensor arguments to :mod:`xcalib.kernels` are plain
+:class:`ValueError`, as in torch.
 """
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xcalib.profile import Profile
+    from xcalib.search.gate import Verdict
 
 __all__ = [
     "BenchError",
@@ -10,6 +18,7 @@ __all__ = [
     "ModelError",
     "ProfileError",
     "TargetError",
+    "TargetMissedError",
     "XcalibError",
     "XcalibWarning",
 ]
@@ -33,6 +42,23 @@ class CurvesError(XcalibError):
 
 class TargetError(XcalibError):
     """A search target is malformed or cannot be reached with these curves."""
+
+
+class TargetMissedError(TargetError):
+    """What a search found misses a target on held-out data.
+
+    Attributes:
+        profile: what was found, with the figures; points that miss are marked ``verified: false``.
+        verdicts: one :class:`~xcalib.search.Verdict` for every point, in the profile's order.
+    """
+
+    def __init__(self, message: str, profile: "Profile", verdicts: "Sequence[Verdict]") -> None:
+        super().__init__(message, profile, verdicts)  # all three, so that the error can be pickled
+        self.profile = profile
+        self.verdicts = tuple(verdicts)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ProfileError(XcalibError):

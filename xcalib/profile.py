@@ -10,12 +10,13 @@ import json as _json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
+from pydantic import model_serializer as _model_serializer
 from pydantic import model_validator as _model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
@@ -26,6 +27,7 @@ __all__ = [
     "Bound",
     "Calibration",
     "Evidence",
+    "Intervals",
     "LengthBin",
     "Method",
     "ModelIdentity",
@@ -84,10 +86,18 @@ Whole = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Count = Annotated[int, Field(strict=True, ge=1, le=2**63 - 1)]
 Real = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+Change = Annotated[float, Field(strict=True, le=1, allow_inf_nan=False)]  # of a share: negative where it grew
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", revalidate_instances="always")
+
+    # Keys that came after the first files: not written while None, so that those files keep their content_sha256.
+    _later: ClassVar[frozenset[str]] = frozenset()
+
+    @_model_serializer(mode="wrap")
+    def _without_later(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None or key not in self._later}
 
 
 class Method(_Model):
@@ -143,8 +153,35 @@ class Bound(_Model):
     gap: Real | None = None
 
 
+class Intervals(_Model):
+    """What ``confidence`` of the bootstrap's ``resamples`` held: lower and upper end, over held-out samples.
+
+    kl: of the mean KL in nats per token; accuracy: in [0, 1]; drop: of the share of the dense model's accuracy that is
+    lost, negative where the sparse model answers better. Without two samples that ask something the last two are None.
+    """
+
+    confidence: Fraction
+    resamples: Count
+    kl: tuple[Real, Real]
+    accuracy: tuple[Fraction, Fraction] | None = None
+    drop: tuple[Change, Change] | None = None
+
+    @_model_validator(mode="after")
+    def _check(self) -> "Intervals":
+        for name in ("kl", "accuracy", "drop"):
+            ends = getattr(self, name)
+            if ends is not None and ends[0] > ends[1]:
+                raise _rule(f"{name} must be a lower and an upper end, got {ends[0]} and {ends[1]}")
+        return self
+
+
 class Evidence(_Model):
-    """Measured on held-out data: density in [0, 1], KL to the dense model in nats per token, accuracies in [0, 1]."""
+    """Measured on held-out data: density in [0, 1], KL to the dense model in nats per token, accuracies in [0, 1].
+
+    intervals: how sure these are; None with fewer than two samples, and in files written before there were any.
+    """
+
+    _later = frozenset({"intervals"})
 
     density: Fraction
     kl: Real
@@ -155,6 +192,7 @@ class Evidence(_Model):
     perplexity_dense: Real | None = None
     samples: Count
     tokens: Count
+    intervals: Intervals | None = None
 
 
 class Prediction(_Model):
@@ -166,16 +204,29 @@ class Prediction(_Model):
 
 
 class OperatingPoint(_Model):
-    """One named choice of all taus: thresholds[bin][layer][query head], each in [0, 1]."""
+    """One named choice of all taus: thresholds[bin][layer][query head], each in [0, 1].
+
+    verified: whether the held-out figures meet the target by the rule of docs/search.md; False where they miss it or where
+    there are none, None where nobody asked (files written before there was the rule).
+    """
+
+    _later = frozenset({"verified"})
 
     name: Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
     target: Text
     objective: Text
-    method: Literal["knapsack", "paper", "uniform"]
+    method: Literal["knapsack", "paper", "uniform", "imported"]
     thresholds: Rows[Rows[Rows[Fraction]]]
-    predicted: Prediction
+    predicted: Prediction | None  # None: nothing was measured, as for a table that was imported
     heldout: Evidence | None = None
     bound: Bound | None = None
+    verified: Annotated[bool, Field(strict=True)] | None = None
+
+    @_model_validator(mode="after")
+    def _check(self) -> "OperatingPoint":
+        if self.verified and self.heldout is None:
+            raise _rule("verified must not be true where heldout is null")
+        return self
 
 
 class Calibration(_Model):

@@ -10,7 +10,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Entry point of ``xcalib``: every expected failure is one line on stderr and exit code 2."""
+    """Entry point of ``xcalib``: every expected failure is one line on stderr and exit code 2; 3 is a missed target."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports tqdm: our own bar is the only one
     import typer
 

@@ -11,16 +11,19 @@ from rich.console import Console
 import xcalib
 from xcalib.cli import options as opt
 from xcalib.cli.bench import bench
+from xcalib.cli.convert import convert
 from xcalib.cli.demo import run_demo
+from xcalib.cli.diff import diff
+from xcalib.cli.found import reporting_misses, write_profile
 from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
-from xcalib.cli.show import render_profile
+from xcalib.cli.show import render_profile, unverified_points
 from xcalib.collect import collect as collect_curves
 from xcalib.collect import load_curves
 from xcalib.collect.units import Units
 from xcalib.errors import ModelError, XcalibError
 from xcalib.evaluation import evaluate_plans, plans_to_evaluate
 from xcalib.models.structure import describe_model
-from xcalib.profile import Profile, load_profile, save_profile
+from xcalib.profile import load_profile
 from xcalib.search import Objective, SearchMethod, build_profile, parse_targets
 from xcalib.search import search as search_model
 
@@ -33,6 +36,10 @@ app = typer.Typer(
 )
 
 app.command(epilog="Example: `xcalib bench --suite hopper --out bench.json --png bench.png`")(bench)
+app.command(epilog="Example: `xcalib convert TABLE.py --name llama_fuse_8 --model MODEL_FOLDER --out profile.yaml`")(
+    convert
+)
+app.command(epilog="Example: `xcalib diff old.yaml new.yaml --point balanced`")(diff)
 
 FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]
 
@@ -100,9 +107,18 @@ def search(
     trust_remote_code: opt.RemoteCode = False,
     resume: opt.Resume = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it exists.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Write the profile although a target is missed on held-out data, marked unverified."
+        ),
+    ] = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure MODEL, find the thresholds of every head, and write a profile with held-out evidence."""
+    """Measure MODEL, find the thresholds of every head, and write a profile with held-out evidence.
+
+    Exit code 3, and no file, when held-out data say that a target is missed; 2 for bad input.
+    """
     targets = parse_targets(target or [])
     opt.check_output(out, overwrite)
     measured = load_curves(curves) if curves else None
@@ -125,13 +141,12 @@ def search(
                 heldout_data or data, loaded, num_samples=heldout_samples, split="heldout", exclude=used, **lengths
             )
         folder = _work_folder(model, work)
-        with resumable("run the same command with --resume"):
+        with resumable("run the same command with --resume"), reporting_misses(out, as_json):
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
-                curves=measured, folder=folder, name=model, resume=resume, progress=progress, **chosen,
+                curves=measured, folder=folder, name=model, resume=resume, force=force, progress=progress, **chosen,
             )  # fmt: skip
-    save_profile(profile, out)
-    _report_profile(profile, out, as_json)
+    write_profile(profile, out, as_json)
 
 
 def _same_model(identity: dict[str, Any], loaded: Any) -> None:
@@ -140,16 +155,6 @@ def _same_model(identity: dict[str, Any], loaded: Any) -> None:
         raise ModelError(
             f"the curves are of {identity.get('name')!r} ({identity.get('model_type')}), not of {loaded.name!r}"
         )
-
-
-def _report_profile(profile: Profile, out: Path, as_json: bool) -> None:
-    render_profile(profile, console)
-    for point in profile.points:
-        if point.bound and point.bound.gap is not None:
-            console.print(f"{point.name}: within {point.bound.gap:.3%} of the best choice of levels for these curves")
-    console.print(f"wrote {out}", markup=False, soft_wrap=True)
-    if as_json:
-        print_json({"profile": str(out), **profile.model_dump(mode="json")})
 
 
 @app.command(epilog="Example: `xcalib collect demo --data builtin --data ruler@0.5 --out curves/`")
@@ -244,7 +249,7 @@ def evaluate(
         data or (list(record.sources) if record else None),
         loaded,
         num_samples=num_samples,
-        max_length=max_length or (record.max_length if record else 2048),
+        max_length=max_length or (record.max_length if record else 0) or 2048,
         min_length=min_length,
         seed=seed,
         split="heldout",
@@ -271,13 +276,13 @@ def validate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Profiles.")],
     as_json: opt.Json = False,
 ) -> None:
-    """Check profiles: exit code 0 when all are valid, 2 with one line for each that is not."""
+    """Check profiles: exit code 0 when all are valid, 2 with one line for each that is not; names unverified points."""
     verdicts: dict[str, str | None] = {}
     for file in files:
         try:
-            load_profile(file)
+            profile = load_profile(file)
             verdicts[str(file)] = None
-            console.print(f"{file}: valid", markup=False)
+            console.print(f"{file}: valid{unverified_points(profile)}", markup=False, soft_wrap=True)
         except XcalibError as error:
             verdicts[str(file)] = str(error)
             console.print(f"error: {error}", markup=False, soft_wrap=True)

@@ -9,14 +9,14 @@ from rich.table import Table
 
 from xcalib.cli import options as opt
 from xcalib.cli.environment import environment
-from xcalib.cli.output import console, evaluation_table, progress
+from xcalib.cli.output import console, evaluation_table, interval_labels, progress
 from xcalib.cli.show import render_profile
 from xcalib.collect import CollectSettings, Curves, collect
 from xcalib.collect.units import Units
 from xcalib.evaluation import Evaluation, evaluate_plans, plans_to_evaluate, uniform_at
 from xcalib.profile import Profile, save_profile
-from xcalib.search import DEFAULT_TARGETS, Tables, build_profile, uniform_thresholds
-from xcalib.search.profiles import with_evidence
+from xcalib.search import DEFAULT_TARGETS, Tables, build_profile, judge, uniform_thresholds
+from xcalib.search.evidence import with_evidence
 
 __all__ = ["run_demo"]
 
@@ -72,7 +72,7 @@ def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any
         "command": command,
         "environment": environment(),
         "comparison": comparison,
-        "profile": {point.name: point.predicted.model_dump() for point in profile.points},
+        "profile": {point.name: point.predicted.model_dump() for point in profile.points if point.predicted},
         "evaluation": found.to_dict(),
     }
 
@@ -80,26 +80,29 @@ def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any
 def single_taus(curves: Curves, profile: Profile) -> list[float]:
     """Single taus whose predicted densities lie around the balanced point's."""
     tables = Tables.of(curves)
-    density = profile.point(POINT).predicted.density
-    return [round(uniform_thresholds(tables, density * factor), 4) for factor in BRACKET]
+    predicted = profile.point(POINT).predicted
+    assert predicted is not None  # the search predicts every point
+    return [round(uniform_thresholds(tables, predicted.density * factor), 4) for factor in BRACKET]
 
 
-def compare(profile: Profile, found: Evaluation) -> dict[str, float]:
+def compare(profile: Profile, found: Evaluation) -> dict[str, Any]:
     """The balanced point against the single tau of the same held-out density, and prediction against measurement."""
-    point, measured = profile.point(POINT), found.plan(POINT)
+    predicted, measured = profile.point(POINT).predicted, found.plan(POINT)
+    assert predicted is not None  # the search predicts every point
     uniform = uniform_at(found, measured.density)
     return {
         "density": measured.density,
         "kl": measured.kl,
+        "kl_interval": measured.kl_interval,
         "kl_uniform": uniform.kl,
         "tau_uniform": uniform.tau,
         "ratio": measured.kl / uniform.kl,
-        "predicted_kl": point.predicted.kl,
-        "prediction_error": point.predicted.kl / measured.kl - 1,
+        "predicted_kl": predicted.kl,
+        "prediction_error": predicted.kl / measured.kl - 1,
     }
 
 
-def _report(profile: Profile, found: Evaluation, comparison: dict[str, float], out: Path) -> None:
+def _report(profile: Profile, found: Evaluation, comparison: dict[str, Any], out: Path) -> None:
     render_profile(profile, console)
     console.print(evaluation_table(found, "SmolLM2-135M, held-out documents: dense, the profile's points, single taus"))
     table = Table(title="At the same held-out density", title_justify="left")
@@ -114,7 +117,11 @@ def _report(profile: Profile, found: Evaluation, comparison: dict[str, float], o
         "1.00",
     )
     table.add_row(f"profile, {POINT}", density, f"{comparison['kl']:.4f}", f"{comparison['ratio']:.2f}")
+    for label, end in zip(interval_labels(found.confidence), comparison["kl_interval"] or (), strict=False):
+        table.add_row(label, "", f"{end:.4f}", "")
     console.print(table)
+    for point in profile.points:
+        console.print(judge(point).text, markup=False, soft_wrap=True)
     console.print(
         f"predicted KL {comparison['predicted_kl']:.4f}, measured {comparison['kl']:.4f} "
         f"({comparison['prediction_error']:+.1%}); {comparison['seconds']:.0f} s in all"

@@ -15,11 +15,13 @@ from rich.table import Table
 
 from xcalib.errors import XcalibWarning
 from xcalib.evaluation import Evaluation
+from xcalib.evaluation.bootstrap import Interval
 
 __all__ = [
     "by_layer_table",
     "console",
     "evaluation_table",
+    "interval_labels",
     "print_json",
     "progress",
     "quiet_libraries",
@@ -99,8 +101,13 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def interval_labels(confidence: float) -> tuple[str, str]:
+    """What stands before the rows with the lower and the upper ends of intervals."""
+    return f"  {confidence:.0%} from", f"  {confidence:.0%} to"
+
+
 def evaluation_table(evaluation: Evaluation, title: str) -> Table:
-    """Dense and every plan, one row each."""
+    """Dense and every plan, one row each, and below it two rows with the ends of its intervals where it has any."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("attention")
     for column in ("density", "KL mean", "KL p99", "perplexity", "accuracy", "prefill s"):
@@ -109,6 +116,7 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
     table.add_row(
         "dense", "100.0%", "0", "0", f"{dense.perplexity:.3f}", _percent(dense.accuracy), f"{dense.seconds:.1f}"
     )
+    _add_ends(table, evaluation, None, dense.accuracy_interval)
     for plan in evaluation.plans:
         table.add_row(
             plan.name,
@@ -119,12 +127,22 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
             _percent(plan.accuracy),
             f"{plan.seconds:.1f}",
         )
+        _add_ends(table, evaluation, plan.kl_interval, plan.accuracy_interval)
     asked = f", {evaluation.asking} with a question" if evaluation.asking else ""
+    sure = "intervals are bootstrapped over samples" if evaluation.samples > 1 else "no interval from 1 sample"
     table.caption = (
         f"{evaluation.samples} samples{asked}, {evaluation.tokens:,} tokens from {', '.join(evaluation.sources)}; "
-        "KL in nats per token"
+        f"KL in nats per token; {sure}"
     )
     return table
+
+
+def _add_ends(table: Table, evaluation: Evaluation, kl: Interval | None, accuracy: Interval | None) -> None:
+    if kl is None and accuracy is None:
+        return
+    for end, label in enumerate(interval_labels(evaluation.confidence)):
+        kl_end = "" if kl is None else f"{kl[end]:.4f}"
+        table.add_row(label, "", kl_end, "", "", "" if accuracy is None else _percent(accuracy[end]), "")
 
 
 def by_layer_table(evaluation: Evaluation, columns: int = 10) -> Table:

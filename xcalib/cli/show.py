@@ -8,14 +8,17 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from xcalib.cli.output import interval_labels
 from xcalib.profile import LengthBin, OperatingPoint, Profile
 
-__all__ = ["render_profile"]
+__all__ = ["render_profile", "unverified_points"]
 
 # Cividis, which reads the same with every kind of colour blindness, at tau = 0, .25, .5, .75 and 1.
 _CIVIDIS = ((0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 175, 111), (254, 232, 56))
 _CELL = 3  # columns of one heatmap cell: two digits and a space
 _HISTOGRAM_BINS = 10
+
+_VERIFIED = {None: "", True: "; verified", False: "; NOT verified"}
 
 Rows = Sequence[Sequence[float]]
 
@@ -30,7 +33,9 @@ def render_profile(profile: Profile, console: Console, point: str | None = None)
     console.print()
     console.print(_points_table(profile))
     for listed in profile.points:
-        console.print(Text(f"{listed.name}: {listed.target} by {listed.method}, least {listed.objective}"))
+        searched = f"by {listed.method}, least {listed.objective}"
+        how = "imported" if listed.method == "imported" else searched
+        console.print(Text(f"{listed.name}: {listed.target} {how}{_VERIFIED[listed.verified]}"))
     for length_bin, rows in zip(profile.length_bins, shown.thresholds, strict=True):
         console.print()
         console.print(Text(f"{shown.name}: thresholds for {_bin_name(length_bin)}", style="bold"))
@@ -87,13 +92,27 @@ def _point_rows(point: OperatingPoint, *, is_default: bool) -> list[list[str]]:
     predicted, heldout = point.predicted, point.heldout
     name = f"{point.name}*" if is_default else point.name
     gap = "-" if point.bound is None or point.bound.gap is None else f"{point.bound.gap:.2%}"
-    expected = [f"{predicted.density:.3f}", f"{predicted.kl:.4g}", "", _percent(predicted.accuracy), "", gap]
+    expected = ["-", "-", "", "-", "", gap]
+    if predicted is not None:
+        expected[:4] = [f"{predicted.density:.3f}", f"{predicted.kl:.4g}", "", _percent(predicted.accuracy)]
     measured = ["-"] * 5 + [""]
     if heldout is not None:
         p99 = "-" if heldout.kl_p99 is None else f"{heldout.kl_p99:.4g}"
         accuracies = [_percent(heldout.accuracy), _percent(heldout.accuracy_dense)]
         measured = [f"{heldout.density:.3f}", f"{heldout.kl:.4g}", p99, *accuracies, ""]
-    return [[name, "predicted", *expected], ["", "held-out", *measured]]
+    rows = [[name, "predicted", *expected], ["", "held-out", *measured]]
+    if heldout is not None and heldout.intervals is not None:
+        intervals = heldout.intervals
+        for end, label in enumerate(interval_labels(intervals.confidence)):
+            accuracy = "" if intervals.accuracy is None else _percent(intervals.accuracy[end])
+            rows.append(["", label.strip(), "", f"{intervals.kl[end]:.4g}", "", accuracy, "", ""])
+    return rows
+
+
+def unverified_points(profile: Profile) -> str:
+    """What ``validate`` adds for points that held-out data do not back: empty when there are none."""
+    names = [f"{point.name} ({point.target})" for point in profile.points if point.verified is False]
+    return f"; NOT verified: {', '.join(names)}" if names else ""
 
 
 def _percent(value: float | None) -> str:

@@ -1,6 +1,6 @@
 """How far a sparsely attending model is from itself attending densely: KL, perplexity, task accuracy, density, time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,15 @@ from xcalib.profile import Profile
 from xcalib.progress import Progress, silent
 from xcalib.runtime import check_fits, sparse_plan
 
-__all__ = ["Evaluation", "UniformPoint", "evaluate", "evaluate_plans", "plans_to_evaluate", "uniform_at"]
+__all__ = [
+    "Evaluation",
+    "UniformPoint",
+    "evaluate",
+    "evaluate_plans",
+    "plans_to_evaluate",
+    "refuse_overlap",
+    "uniform_at",
+]
 
 
 def evaluate(
@@ -48,7 +56,7 @@ def evaluate(
         DataError: calibration documents of the profile are among the samples: figures on them would prove nothing.
     """
     if profile is not None:
-        _refuse_overlap(profile, data)
+        refuse_overlap(profile.calibration.documents, data)
     plans = plans_to_evaluate(model, profile, point=point, uniform=uniform)
     return evaluate_plans(model, data, plans, tokenizer=tokenizer, progress=progress)
 
@@ -73,8 +81,9 @@ def plans_to_evaluate(
     return plans
 
 
-def _refuse_overlap(profile: Profile, data: SampleSet) -> None:
-    shared = set(profile.calibration.documents) & data.documents
+def refuse_overlap(documents: Iterable[str], data: SampleSet) -> None:
+    """Raise DataError if one of the documents that were calibrated on (their digests) is among the samples'."""
+    shared = set(documents) & data.documents
     if shared:
         raise DataError(
             f"{len(shared)} of the {len(data.documents)} documents were used to calibrate this profile: evaluate on the "

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from xcalib.data import SampleSet
+from xcalib.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Interval, ratio_interval
 
 __all__ = ["DenseResult", "Evaluation", "PlanResult", "SampleResult", "summarise"]
 
@@ -42,16 +43,17 @@ class SampleResult:
 
 @dataclass(frozen=True)
 class DenseResult:
-    """The dense model: perplexity, mean score of samples with answers (None without any), prefill seconds."""
+    """The dense model: perplexity, mean score of samples with answers and its interval (None without any), prefill seconds."""
 
     perplexity: float
     accuracy: float | None
     seconds: float
+    accuracy_interval: Interval | None = None
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """One set of thresholds, over all samples.
+    """One set of thresholds, over all samples. Intervals are bootstrapped over samples: None with fewer than two.
 
     Attributes:
         name: operating point, or ``tau=...``.
@@ -63,6 +65,9 @@ class PlanResult:
         perplexity: of the sparse model.
         accuracy: mean score of samples with answers, None without any.
         seconds: prefill wall time over all samples.
+        kl_interval: lower and upper end for ``kl``.
+        accuracy_interval: the same for ``accuracy``, over samples with answers.
+        drop_interval: the same for the share of the dense model's accuracy that is lost, ``1 - accuracy / dense accuracy``.
     """
 
     name: str
@@ -74,11 +79,17 @@ class PlanResult:
     perplexity: float
     accuracy: float | None
     seconds: float
+    kl_interval: Interval | None = None
+    accuracy_interval: Interval | None = None
+    drop_interval: Interval | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Dense and sparse side by side on the same samples; ``to_dict()`` is JSON."""
+    """Dense and sparse side by side on the same samples; ``to_dict()`` is JSON.
+
+    ``confidence`` is what every interval holds, by ``resamples`` draws of the bootstrap.
+    """
 
     dense: DenseResult
     plans: tuple[PlanResult, ...]
@@ -86,6 +97,8 @@ class Evaluation:
     samples: int
     tokens: int
     asking: int
+    confidence: float = CONFIDENCE
+    resamples: int = RESAMPLES
 
     def plan(self, name: str) -> PlanResult:
         """The result of one plan by name; KeyError when there is none."""
@@ -103,10 +116,12 @@ def summarise(names: Sequence[str], results: Sequence[SampleResult], data: Sampl
     seconds = np.sum([result.seconds for result in results], axis=0)
     scores = np.array([result.accuracy for result in results])  # (samples, 1 + plans)
     asking = int((~np.isnan(scores[:, 0])).sum())
-    accuracy: list[float | None] = [float(v) for v in np.nanmean(scores, axis=0)] if asking else [None] * len(loss)
+    asked = scores[~np.isnan(scores[:, 0])].T  # (1 + plans, asking)
+    accuracy = [float(row.mean()) if asking else None for row in asked]
     plans = []
     for row, name in enumerate(names):
         kl = np.concatenate([result.kl[row] for result in results]).astype(np.float64)
+        sums = [float(result.kl[row].astype(np.float64).sum()) for result in results]
         by_layer = [result.density[row].mean(axis=-1) for result in results]  # (layers,) each
         density = np.average(by_layer, axis=0, weights=[result.blocks[row] for result in results])
         plans.append(
@@ -120,8 +135,15 @@ def summarise(names: Sequence[str], results: Sequence[SampleResult], data: Sampl
                 perplexity=float(np.exp(loss[1 + row])),
                 accuracy=accuracy[1 + row],
                 seconds=float(seconds[1 + row]),
+                kl_interval=ratio_interval(sums, [result.kl.shape[1] for result in results]),
+                accuracy_interval=_mean_interval(asked[1 + row]),
+                drop_interval=ratio_interval(asked[0] - asked[1 + row], asked[0]),
             )
         )
-    dense = DenseResult(float(np.exp(loss[0])), accuracy[0], float(seconds[0]))
+    dense = DenseResult(float(np.exp(loss[0])), accuracy[0], float(seconds[0]), _mean_interval(asked[0]))
     tokens = sum(len(sample.tokens) for sample in data.samples)
     return Evaluation(dense, tuple(plans), tuple(data.specs), len(results), tokens, asking)
+
+
+def _mean_interval(scores: np.ndarray) -> Interval | None:
+    return ratio_interval(scores, np.ones_like(scores))

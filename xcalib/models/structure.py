@@ -15,7 +15,9 @@ from xcalib.profile import ModelIdentity
 __all__ = ["AttentionLayer", "attention_layers", "compact_projection", "describe_model", "head_projection"]
 
 # Keys that say how a model was loaded or saved, not what it computes.
-_VOLATILE = re.compile(r"^(_.*|transformers_version|torch_dtype|dtype|use_cache|architectures|output_.*|return_dict)$")
+_VOLATILE = re.compile(
+    r"^(_.*|transformers_version|torch_dtype|dtype|use_cache|architectures|output_.*|return_dict|sparse_attention_config)$"
+)
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 

@@ -3,15 +3,16 @@
 Light to import: torch and transformers come when it is called, and nothing of the search ever does.
 """
 
+import warnings
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from xcalib.errors import ModelError
+from xcalib.errors import ModelError, XcalibWarning
 
 if TYPE_CHECKING:
     from xcalib.kernels.api import Backend
     from xcalib.models.sparse import SparseAttention, SparsePlan
-    from xcalib.profile import Profile
+    from xcalib.profile import OperatingPoint, Profile
 
 __all__ = ["Handle", "apply_profile", "check_fits", "sparse_plan"]
 
@@ -32,7 +33,8 @@ def apply_profile(
     Plain causal prefill runs block sparse with the thresholds of its layer, heads and length; everything else
     (decoding, padded batches, sliding windows, ...) runs as the model's own attention did before, and ``Handle.stats``
     counts why. Call the model under ``torch.no_grad()`` or ``torch.inference_mode()``: the sparse kernels have no
-    gradients, so where some are wanted attention stays dense.
+    gradients, so where some are wanted attention stays dense. A point that its profile marks as unverified (no held-out
+    figures, or figures that miss its target) gives one :class:`~xcalib.errors.XcalibWarning` for each handle.
 
     Args:
         model: a transformers causal language model, the one that the profile was made for.
@@ -55,6 +57,7 @@ def apply_profile(
     check_fits(model, profile, force=force)
     chosen = profile.point(point)
     plan = sparse_plan(profile, chosen.name)
+    _warn_unverified(chosen)
     attention = SparseAttention(model, plan, backend=backend, min_length=min_length)
     return Handle(attention, profile, chosen.name)
 
@@ -71,10 +74,14 @@ class Handle:
         self.profile = profile
         self.point = point
         self._attention = attention
+        self._seen = {point}  # an unverified point is warned of once
 
     def use(self, point: str | None = None) -> None:
         """Go on with another operating point, None for the profile's default; ProfileError if there is no such."""
         chosen = self.profile.point(point)
+        if chosen.name not in self._seen:
+            self._seen.add(chosen.name)
+            _warn_unverified(chosen)
         self._attention.use(sparse_plan(self.profile, chosen.name))
         self.point = chosen.name
 
@@ -97,6 +104,14 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _warn_unverified(point: "OperatingPoint") -> None:
+    if point.verified is not False:
+        return
+    reason = "it has no held-out figures" if point.heldout is None else "held-out data do not confirm its target"
+    message = f"operating point {point.name!r} ({point.target}) is not verified: {reason}"
+    warnings.warn(message, XcalibWarning, stacklevel=3)
 
 
 def sparse_plan(profile: "Profile", point: str | None = None) -> "SparsePlan":

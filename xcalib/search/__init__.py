@@ -4,11 +4,14 @@ import sys
 import types
 from typing import Any
 
+from xcalib.search.evidence import add_evidence
+from xcalib.search.gate import Verdict, judge, missed
+
 # the submodule first: from here on xcalib.search.knapsack is the function
 from xcalib.search.knapsack import Choice, knapsack, knapsack_min_cost
 from xcalib.search.paper import PaperResult, paper_thresholds
 from xcalib.search.plan import Objective, Planned, SearchMethod, Tables, plan_point, uniform_thresholds
-from xcalib.search.profiles import DEFAULT_CALIBRATION, CalibrationData, add_evidence, build_profile, search
+from xcalib.search.profiles import DEFAULT_CALIBRATION, CalibrationData, build_profile, search
 from xcalib.search.targets import DEFAULT_TARGETS, Target, parse_target, parse_targets
 
 __all__ = [
@@ -22,10 +25,13 @@ __all__ = [
     "SearchMethod",
     "Tables",
     "Target",
+    "Verdict",
     "add_evidence",
     "build_profile",
+    "judge",
     "knapsack",
     "knapsack_min_cost",
+    "missed",
     "paper_thresholds",
     "parse_target",
     "parse_targets",

@@ -19,15 +19,16 @@ from xcalib.collect import CollectSettings, Curves, collect
 from xcalib.collect.units import Units
 from xcalib.data import DEFAULT_SPECS, Sample, SampleSet, load_samples
 from xcalib.errors import TargetError
-from xcalib.evaluation import Evaluation, evaluate_plans
+from xcalib.evaluation import evaluate_plans, refuse_overlap
 from xcalib.models.sparse import SparsePlan
-from xcalib.profile import Evidence, OperatingPoint, Prediction, Profile, make_profile
+from xcalib.profile import OperatingPoint, Prediction, Profile, make_profile
 from xcalib.progress import Progress, silent
-from xcalib.runtime import sparse_plan
+from xcalib.search.evidence import add_evidence
+from xcalib.search.gate import enforce
 from xcalib.search.plan import Objective, Planned, SearchMethod, Tables, plan_point
 from xcalib.search.targets import Target, parse_targets
 
-__all__ = ["DEFAULT_CALIBRATION", "CalibrationData", "add_evidence", "build_profile", "search"]
+__all__ = ["DEFAULT_CALIBRATION", "CalibrationData", "build_profile", "search"]
 
 _OBJECTIVE_NAMES = {
     "tempered": "(gain x output error)^0.75",
@@ -67,6 +68,7 @@ def search(
     folder: str | os.PathLike[str] | None = None,
     name: str | None = None,
     resume: bool = False,
+    force: bool = False,
     progress: Progress = silent,
 ) -> Profile:
     """Measure a model, find the thresholds of each operating point, and measure these on held-out data.
@@ -78,7 +80,7 @@ def search(
         target: ``"density=0.25"``, ``"kl=0.01"``, ``"drop=1%"``, ``"speedup=4"``, several with names (``"fast:density=0.15"``);
             default three points at densities 0.45, 0.33 and 0.22.
         tokenizer: of the model.
-        heldout: samples for the evidence; none with ``data`` given as samples means no evidence.
+        heldout: samples for the evidence; none with ``data`` given as samples means no evidence, and unverified points.
         amount: how much data to take from specs.
         method: ``knapsack`` or ``paper``.
         objective: ``tempered`` ((layer gain x output error)^0.75), ``gain`` (without the power) or ``plain`` (output error).
@@ -88,13 +90,17 @@ def search(
         folder: where curves and unfinished work are kept; default a temporary folder.
         name: what the user calls the model.
         resume: go on with what ``folder`` holds.
+        force: return the profile although a point misses its target on held-out data; the point is marked unverified.
         progress: draws the work.
 
     Raises:
+        TargetMissedError: held-out data say that a target is missed (the rule: docs/search.md); it carries the profile.
         XcalibError: what is wrong, where, and what to do, in one line.
     """
     targets = parse_targets([target] if isinstance(target, str) else list(target))
     samples, heldout = _samples(data, heldout, tokenizer, amount)
+    if heldout is not None:
+        refuse_overlap(samples.documents if curves is None else curves.calibration["documents"], heldout)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(folder if folder is not None else temporary)
         if curves is None:
@@ -116,6 +122,7 @@ def search(
         stamp = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         units = Units(root / "heldout" / stamp, identity, resume=resume)
         profile = add_evidence(model, profile, heldout, tokenizer=tokenizer, units=units, progress=progress)
+        enforce(profile, force=force)  # a miss leaves the measured samples where they are, for the same with force
         shutil.rmtree(units.folder, ignore_errors=True)
         return profile
 
@@ -151,7 +158,7 @@ def build_profile(
     start_threshold: float = 0.9,
     accuracy_drop: Callable[[list[np.ndarray]], list[float]] | None = None,
 ) -> Profile:
-    """Search the curves for every target; the profile carries predictions, and no held-out evidence yet.
+    """Search the curves for every target; the profile carries predictions and no held-out evidence, so its points are unverified.
 
     Raises:
         TargetError: a target cannot be reached.
@@ -194,6 +201,7 @@ def _point(
         thresholds=(_all_layers(curves, planned.thresholds),),
         predicted=Prediction(density=min(planned.density, 1.0), kl=planned.kl),
         bound=planned.bound,
+        verified=False,
     )
 
 
@@ -234,42 +242,3 @@ def _drop_meter(
         return [1 - (plan.accuracy or 0.0) / dense for plan in found.plans]
 
     return measure
-
-
-def add_evidence(
-    model: Any,
-    profile: Profile,
-    heldout: SampleSet,
-    *,
-    tokenizer: Any = None,
-    units: Units | None = None,
-    progress: Progress = silent,
-) -> Profile:
-    """Measure every operating point on held-out samples and return the profile with the figures."""
-    plans = {point.name: sparse_plan(profile, point.name) for point in profile.points}
-    found = evaluate_plans(model, heldout, plans, tokenizer=tokenizer, units=units, progress=progress)
-    return with_evidence(profile, found)
-
-
-def with_evidence(profile: Profile, found: Evaluation) -> Profile:
-    """The profile with an evaluation's figures for those of its points that were measured."""
-    measured = {plan.name: plan for plan in found.plans}
-    points = []
-    for point in profile.points:
-        result = measured.get(point.name)
-        if result is None:
-            points.append(point)
-            continue
-        evidence = Evidence(
-            density=result.density,
-            kl=result.kl,
-            kl_p99=result.kl_p99,
-            accuracy=result.accuracy,
-            accuracy_dense=found.dense.accuracy,
-            perplexity=result.perplexity,
-            perplexity_dense=found.dense.perplexity,
-            samples=found.samples,
-            tokens=found.tokens,
-        )
-        points.append(point.model_copy(update={"heldout": evidence}))
-    return make_profile(**{**dict(profile), "points": tuple(points)})

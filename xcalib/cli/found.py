@@ -1,0 +1,53 @@
+"""How ``xcalib search`` ends: the profile in the terminal and in its file, or the miss and no file."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from xcalib.cli.output import console, print_json
+from xcalib.cli.show import render_profile
+from xcalib.errors import TargetMissedError
+from xcalib.profile import Profile, save_profile
+from xcalib.search import judge, missed
+
+__all__ = ["TARGET_MISSED", "reporting_misses", "write_profile"]
+
+TARGET_MISSED = 3  # exit code; 2 is bad input
+
+
+def write_profile(profile: Profile, out: Path, as_json: bool) -> None:
+    """Save what was found and say what is known about it."""
+    save_profile(profile, out)
+    render_profile(profile, console)
+    for point in profile.points:
+        if point.bound and point.bound.gap is not None:
+            console.print(f"{point.name}: within {point.bound.gap:.3%} of the best choice of levels for these curves")
+    for point in profile.points:
+        verdict = judge(point)
+        if verdict.outcome == "met" or point.heldout is None:  # the others were warnings of the search
+            console.print(verdict.text, markup=False, soft_wrap=True)
+    console.print(f"wrote {out}", markup=False, soft_wrap=True)
+    if as_json:
+        print_json({"profile": str(out), **profile.model_dump(mode="json")})
+
+
+@contextmanager
+def reporting_misses(out: Path, as_json: bool) -> Iterator[None]:
+    """A target missed on held-out data ends the command with exit code 3; ``out`` stays as it is."""
+    try:
+        yield
+    except TargetMissedError as error:
+        render_profile(error.profile, console)
+        kept = f"{out} stays as it was" if out.exists() else f"{out} is not written"
+        console.print(
+            f"error: {missed(error.verdicts)}; {kept}: calibrate on more samples (--num-samples) or on data like the held-out, "
+            "choose a looser --target, or keep the profile unverified with --resume --force",
+            markup=False,
+            soft_wrap=True,
+        )
+        if as_json:
+            verdicts = {verdict.point: {"outcome": verdict.outcome, "text": verdict.text} for verdict in error.verdicts}
+            print_json({"profile": None, "verdicts": verdicts, **error.profile.model_dump(mode="json")})
+        raise typer.Exit(TARGET_MISSED) from None
