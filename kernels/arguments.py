@@ -26,6 +26,7 @@ __all__ = [
     "check_projection",
     "check_scores",
     "check_shapes",
+    "exponent_factor",
     "limits_of",
     "refuse_fp8",
     "scale_of",
@@ -48,6 +49,14 @@ def scale_of(scale: float | None, query: torch.Tensor) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}, expected a finite number or None")
     return float(scale)
+
+
+def exponent_factor(scale: float) -> float:
+    """What turns a dot product into a power of 2 of softmax: ``scale * log2(e)``, for a scale that is not negative.
+
+    Instead of 0 a factor so small that it makes all weights of a row equal as well, and minus infinity stays what it is.
+    """
+    return max(scale * math.log2(math.e), 1e-30)
 
 
 def check_geometry(q_len: int, k_len: int, block_size: int, causal: bool) -> Geometry:

@@ -10,7 +10,6 @@ its own, :mod:`xcalib.kernels.attention_hopper`, takes the calls that it serves.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,13 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from xcalib.kernels import attention_hopper
+from xcalib.kernels.arguments import exponent_factor
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.order import launch_order
 from xcalib.kernels.selection import BlockLists
 from xcalib.kernels.tma import descriptor_strides, fits_tma
-from xcalib.kernels.tuning import Config, choose, family, interpreted, milliseconds
+from xcalib.kernels.tuning import Config, choose, interpreted, milliseconds
 
 __all__ = [
     "CANDIDATES",
@@ -57,9 +58,6 @@ CANDIDATES = (
 # IEEE arithmetic uses no tensor cores, and each thread holds whole rows of its operands: tiles are small.
 FP32_CANDIDATES = (_config(8, 1, 64, 64), _config(8, 1, 64, 32), _config(8, 1, 32, 32))
 
-LOG2_E = math.log2(math.e)
-# So small a factor makes all weights of a row equal, as zero does, and times minus infinity is still minus infinity.
-LEAST_FACTOR = 1e-30
 TABLE_COLUMNS = 7
 
 
@@ -224,23 +222,13 @@ class _Call:
 
     def run(self) -> None:
         order = launch_order(self.counts, self.key.shape[1])
-        if self.table is None and self.lse is None and self._on_hopper(order):
-            return
-        launch = functools.partial(self._launch, order=order, tma=fits_tma(self.query, self.key, self.value))
-        launch(self._choose(launch))
-
-    def _on_hopper(self, order: torch.Tensor) -> bool:
-        """Whether Hopper's own kernel serves this call, and did."""
-        if interpreted() or family(self.query.device) != "sm90":
-            return False
-        from xcalib.kernels import attention_hopper  # only here, where Gluon is sure to be of use
-
         tensors = (self.query, self.key, self.value)
-        if not attention_hopper.serves(*tensors, self.geometry):
-            return False
-        factor = max(self.scale * LOG2_E, LEAST_FACTOR)
-        attention_hopper.launch(*tensors, self.output, self.indices, self.counts, order, self.geometry, factor)
-        return True
+        if self.table is None and self.lse is None and attention_hopper.serves(*tensors, self.geometry):
+            lists = (self.indices, self.counts, order)
+            attention_hopper.launch(*tensors, self.output, *lists, self.geometry, exponent_factor(self.scale))
+            return
+        launch = functools.partial(self._launch, order=order, tma=fits_tma(*tensors))
+        launch(self._choose(launch))
 
     def _choose(self, launch: Callable[[Config], None]) -> Config:
         head_dim, size = self.query.shape[-1], self.geometry.block_size
@@ -272,7 +260,7 @@ class _Call:
             geometry.k_blocks,
             key.shape[1],
             query.shape[1] // key.shape[1],
-            max(self.scale * LOG2_E, LEAST_FACTOR),
+            exponent_factor(self.scale),
             HEAD_DIM=head_dim,
             BLOCK_SIZE=geometry.block_size,
             CAUSAL=geometry.causal,

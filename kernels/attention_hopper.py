@@ -26,7 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.tma import descriptor_strides, fits_tma
-from xcalib.kernels.tuning import family, interpreted
+from xcalib.kernels.tuning import family, interpreted, multiprocessors
 
 __all__ = ["launch", "serves"]
 
@@ -453,7 +453,7 @@ def launch(
     """
     head_dim, tiles = query.shape[-1], counts.numel()
     stages, q_stages = STAGES[head_dim]
-    grid = (min(tiles, _multiprocessors(query.device)),)
+    grid = (min(tiles, multiprocessors(query.device)),)
     _hopper_attention_kernel[grid](
         _descriptor(query, ROWS),
         _descriptor(key, BLOCK),
@@ -475,11 +475,6 @@ def launch(
         Q_STAGES=q_stages,
         num_warps=4,
     )
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

@@ -13,8 +13,6 @@ squared norm of that difference is the error.
 Programs take tiles of queries from a counter, and each reuses its own memory for the levels' means.
 """
 
-import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +23,11 @@ import triton.language as tl
 from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from xcalib.kernels.arguments import exponent_factor
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.reference import SweepResult, block_levels
 from xcalib.kernels.tma import descriptor_strides, fits_tma
-from xcalib.kernels.tuning import Config, choose, milliseconds
+from xcalib.kernels.tuning import Config, choose, milliseconds, multiprocessors
 
 __all__ = ["CANDIDATES", "FP32_CANDIDATES", "sweep_thresholds"]
 
@@ -48,9 +47,6 @@ CANDIDATES = (
 # IEEE arithmetic uses no tensor cores, and each thread holds whole rows of its operands: tiles are small.
 FP32_CANDIDATES = (_config(8, 1, 64, 64, COLUMNS=64), _config(8, 1, 32, 32, COLUMNS=64))
 
-LOG2_E = math.log2(math.e)
-# So small a factor makes all weights of a row equal, as zero does.
-LEAST_FACTOR = 1e-30
 # fp16 keeps 11 bits of what is at least 2^-14: weights, at most 1, are shifted up.
 FP16_SHIFT = 14
 # Values and factors are scaled so that projected values, and their differences, stay below fp16's largest number, 2^16.
@@ -476,7 +472,7 @@ class _Work:
         tiles = triton.cdiv(geometry.q_len, rows)
         numbers = value.shape[0] * value.shape[1] * tiles
         most = SCRATCH_BYTES // (levels * rows * padded * value.element_size())
-        programs = max(1, min(numbers, most, _multiprocessors(device) * max(1, 16 // config.num_warps)))
+        programs = max(1, min(numbers, most, multiprocessors(device) * max(1, 16 // config.num_warps)))
         means = value.new_empty((programs, levels, rows, padded))
         masses = torch.empty((programs, 2 + levels, rows), dtype=torch.float32, device=device)
         parts = padded // config.tiles["COLUMNS"]
@@ -502,7 +498,7 @@ class _Work:
             geometry.k_blocks,
             levels,
             numbers,
-            max(self.scale * LOG2_E, LEAST_FACTOR),
+            exponent_factor(self.scale),
             HEAD_DIM=query.shape[3],
             BLOCK_D=padded,
             BLOCK_SIZE=geometry.block_size,
@@ -525,9 +521,3 @@ def _source(tensor: torch.Tensor, tokens: int, width: int, use_tma: bool) -> Any
 
 def _padded(head_dim: int) -> int:
     return max(32, int(triton.next_power_of_2(head_dim)))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """2 off the GPU: the interpreter runs one program after the other, and the second finds nothing left."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

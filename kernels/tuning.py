@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Config", "choose", "crossover", "family", "interpreted", "milliseconds"]
+__all__ = ["Config", "choose", "crossover", "family", "interpreted", "milliseconds", "multiprocessors"]
 
 UNKNOWN_CROSSOVER = 4096  # of a GPU that nobody has measured
 
@@ -55,6 +55,12 @@ def family(device: torch.device) -> str:
 @functools.cache
 def _gpu_family(device: torch.device) -> str:
     return f"sm{torch.cuda.get_device_capability(device)[0] * 10}"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """2 off the GPU: the interpreter runs one program after the other, and the second finds nothing left."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
 
 
 def crossover(device: torch.device) -> int:

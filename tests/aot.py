@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -79,8 +78,6 @@ def compiling(capability: int, configs: Mapping[str, tuning.Config] | None = Non
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(capability)))
         for name, replacement in replacements.items():
             _replace_everywhere(stack, name, replacement)
-        properties = SimpleNamespace(multi_processor_count=132)
-        stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties))
         yield compiled
 
 

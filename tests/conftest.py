@@ -46,6 +46,23 @@ def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``xcalib ARGUMENTS`` in this process: exit code, stdout, stderr."""
+    from xcalib.cli import main
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["xcalib", *(str(argument) for argument in arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, captured.out, captured.err
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
     """Builds a tiny random causal language model: ``tiny_model("llama", seed=0, **config overrides)``.

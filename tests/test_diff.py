@@ -112,22 +112,12 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     monkeypatch.chdir(tmp_path)
     save_profile(A, "a.yaml")
     save_profile(with_taus({(0, 1, 0): 0.95, (1, 2, 3): 0.9}), "b.yaml")
     save_profile(of_another_model("layers"), "other.yaml")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["xcalib", "diff", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, captured.out, captured.err
-
-    return call
+    return lambda *arguments: run("diff", *arguments)
 
 
 def test_what_is_printed(run: Run) -> None:

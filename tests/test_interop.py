@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from xcalib.cli import main
 from xcalib.errors import ModelError, ProfileError, XcalibWarning
 from xcalib.interop import (
     bin_for_length,
@@ -325,20 +324,6 @@ def test_a_config_of_another_model(profile: Profile, folder: Path, tmp_path: Pat
 
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["xcalib", *(str(argument) for argument in arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

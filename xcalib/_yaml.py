@@ -9,15 +9,30 @@ number, true, false or null exactly where JSON would say so (an empty one and ``
 import json
 import re
 import reprlib
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from xcalib.errors import ProfileError
 
-__all__ = ["MAX_BYTES", "Document", "decode", "fault", "one_line", "quote", "read_json", "read_yaml", "write_yaml"]
+__all__ = [
+    "MAX_BYTES",
+    "Document",
+    "decode",
+    "fault",
+    "load_json",
+    "one_line",
+    "quote",
+    "read_bytes",
+    "read_json",
+    "read_yaml",
+    "unrepeated",
+    "write_yaml",
+]
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 32
@@ -84,6 +99,19 @@ class Document:
         return line
 
 
+def read_bytes(name: str, limit: int = MAX_BYTES) -> bytes:
+    """The bytes of a file, one more than ``limit`` at most, which says that it has too many."""
+    try:
+        # Asked before opening: opening a pipe would wait for its writer.
+        if not stat.S_ISREG(Path(name).stat().st_mode):
+            raise fault(name, None, "not a file")
+        with Path(name).open("rb") as file:
+            return file.read(limit + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise fault(name, None, f"cannot be read: {reason}") from None
+
+
 def decode(data: str | bytes, name: str) -> str:
     """UTF-8 text of at most MAX_BYTES without NUL; a byte order mark is dropped."""
     try:
@@ -96,6 +124,26 @@ def decode(data: str | bytes, name: str) -> str:
     if "\0" in text:
         raise fault(name, text.count("\n", 0, text.index("\0")) + 1, "NUL byte: not a text file")
     return text
+
+
+def unrepeated(pairs: Iterable[tuple[str, Any]], name: str) -> dict[str, Any]:
+    """A JSON object of keys that differ."""
+    built: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in built:
+            raise fault(name, None, f"duplicate key {quote(key)}")
+        built[key] = item
+    return built
+
+
+def load_json(text: str, name: str, **hooks: Any) -> Any:
+    """``json.loads`` with one line for what is no JSON, or nested too deep for Python."""
+    try:
+        return json.loads(text, **hooks)
+    except json.JSONDecodeError as error:
+        raise fault(name, error.lineno, f"not JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise fault(name, None, "nested too deep") from None
 
 
 def read_json(text: str, name: str) -> Document:
@@ -118,22 +166,12 @@ def read_json(text: str, name: str) -> Document:
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(pairs) > MAX_KEYS:
             raise fault(name, None, f"a mapping of {len(pairs):,} keys, more than {MAX_KEYS:,}")
-        built: dict[str, Any] = {}
-        for key, item in pairs:
-            if key in built:
-                raise fault(name, None, f"duplicate key {quote(key)}")
-            built[key] = item
-        return built
+        return unrepeated(pairs, name)
 
     def whole(digits: str) -> int:
         return _integer(digits, name, None)
 
-    try:
-        value = json.loads(text, object_pairs_hook=mapping, parse_int=whole, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise fault(name, error.lineno, f"not JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise fault(name, None, "nested too deep") from None
+    value = load_json(text, name, object_pairs_hook=mapping, parse_int=whole, parse_constant=refuse)
     return Document(_top(value, name), {})
 
 

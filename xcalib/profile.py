@@ -9,7 +9,6 @@ import hashlib
 import json as _json
 import os
 import secrets
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from pydantic import model_validator as _model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from xcalib import _yaml
-from xcalib.errors import ProfileError
+from xcalib.errors import ModelError, ProfileError
 
 __all__ = [
     "Bound",
@@ -108,6 +107,9 @@ class Method(_Model):
     pattern: Literal["antidiagonal", "diagonal", "random"] = "antidiagonal"
 
 
+SHAPE = ("model_type", "layers", "query_heads", "kv_heads", "head_dim")
+
+
 class ModelIdentity(_Model):
     """The model that was measured: its name as given, commit if known, shape, and SHA-256 of its canonical config."""
 
@@ -125,6 +127,25 @@ class ModelIdentity(_Model):
         if self.query_heads % self.kv_heads:
             raise _rule(f"kv_heads must divide query_heads, got {self.kv_heads} and {self.query_heads}")
         return self
+
+    def check(self, actual: "ModelIdentity", *, any_config: bool, otherwise: str) -> None:
+        """Raise ModelError unless ``actual`` has this shape and, without ``any_config``, this config.
+
+        ``otherwise`` says how to take another config all the same.
+        """
+        for field in SHAPE:
+            ours, theirs = getattr(self, field), getattr(actual, field)
+            if ours != theirs:
+                raise ModelError(
+                    f"the profile is for another model: {field} is {_yaml.quote(ours)} in the profile ({self.name}) and "
+                    f"{_yaml.quote(theirs)} in {actual.name}"
+                )
+        if self.config_sha256 != actual.config_sha256 and not any_config:
+            raise ModelError(
+                f"the profile was made with another config than that of {actual.name}: config_sha256 is "
+                f"{self.config_sha256[:12]}... in the profile and {actual.config_sha256[:12]}... here, so its "
+                f"thresholds may not fit; {otherwise}"
+            )
 
 
 class LengthBin(_Model):
@@ -342,16 +363,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     Raises ProfileError for a file that cannot be read, is not valid, or does not match its content_sha256.
     """
     name = os.fsdecode(path)
-    try:
-        # Asked before opening: opening a pipe would wait for its writer.
-        if not stat.S_ISREG(Path(name).stat().st_mode):
-            raise _yaml.fault(name, None, "not a file")
-        with Path(name).open("rb") as file:
-            data = file.read(_yaml.MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise _yaml.fault(name, None, f"cannot be read: {reason}") from None
-    return parse_profile(data, name=name)
+    return parse_profile(_yaml.read_bytes(name), name=name)
 
 
 def parse_profile(text: str | bytes, *, name: str = "<profile>", json: bool | None = None) -> Profile:

@@ -6,8 +6,7 @@ from typing import Any
 
 from xcalib import _yaml
 from xcalib.errors import ProfileError
-from xcalib.interop.identity import SHAPE
-from xcalib.profile import OperatingPoint, Profile
+from xcalib.profile import SHAPE, OperatingPoint, Profile
 
 __all__ = ["MovedHead", "PointDifference", "ProfileDifference", "compare_profiles"]
 

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import xcalib
-from xcalib import _yaml
 from xcalib.errors import ModelError
 from xcalib.interop.files import json_text
-from xcalib.interop.identity import BLOCK_KEY, SHAPE, identity_of_config, read_config
-from xcalib.profile import ModelIdentity, Profile
+from xcalib.interop.identity import BLOCK_KEY, identity_of_config, read_config
+from xcalib.profile import Profile
 
-__all__ = ["check_model", "config_with_block", "sparse_attention_block"]
+__all__ = ["config_with_block", "sparse_attention_block"]
 
 FORMAT_VERSION = 1
 
@@ -44,22 +43,6 @@ def sparse_attention_block(profile: Profile, point: str | None = None) -> dict[s
     }
 
 
-def check_model(expected: ModelIdentity, actual: ModelIdentity, *, other_config: bool = False) -> None:
-    """Raise ModelError unless both have one shape and, without ``other_config``, one config."""
-    for field in SHAPE:
-        ours, theirs = getattr(expected, field), getattr(actual, field)
-        if ours != theirs:
-            raise ModelError(
-                f"the profile is for another model: {field} is {_yaml.quote(ours)} in the profile ({expected.name}) and "
-                f"{_yaml.quote(theirs)} in {actual.name}"
-            )
-    if expected.config_sha256 != actual.config_sha256 and not other_config:
-        raise ModelError(
-            f"the profile was made with another config than {actual.name}: config_sha256 is {expected.config_sha256[:12]}... "
-            f"in the profile and {actual.config_sha256[:12]}... there; --other-config takes it all the same"
-        )
-
-
 def config_with_block(
     profile: Profile, path: str | Path, point: str | None = None, *, replace: bool = False, other_config: bool = False
 ) -> str:
@@ -80,5 +63,6 @@ def config_with_block(
     config = read_config(path)
     if BLOCK_KEY in config and not replace:
         raise ModelError(f"{path}: has a {BLOCK_KEY} already; --force replaces it in the copy")
-    check_model(profile.model, identity_of_config(config, str(path)), other_config=other_config)
+    otherwise = "--other-config takes it all the same"
+    profile.model.check(identity_of_config(config, str(path)), any_config=other_config, otherwise=otherwise)
     return json_text({**config, BLOCK_KEY: block}) + "\n"

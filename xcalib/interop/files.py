@@ -1,7 +1,6 @@
 """Text files of other tools: read whole within a limit, JSON without repeated keys, and JSON with one row a line."""
 
 import json
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,7 @@ MAX_BYTES = 4 * 2**20  # a table of 128 layers and 128 heads has 0.4 MiB
 def read_file(path: Path) -> tuple[bytes, str]:
     """The bytes of a file, MAX_BYTES at most, and their UTF-8 text; ProfileError, one line, where they cannot be had."""
     name = str(path)
-    try:
-        # Asked before opening: opening a pipe would wait for its writer.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise _yaml.fault(name, None, "not a file")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise _yaml.fault(name, None, f"cannot be read: {reason}") from None
+    data = _yaml.read_bytes(name, MAX_BYTES)
     if len(data) > MAX_BYTES:
         raise _yaml.fault(name, None, f"more than the {MAX_BYTES:,} bytes that are read")
     return data, _yaml.decode(data, name)
@@ -34,20 +25,8 @@ def read_file(path: Path) -> tuple[bytes, str]:
 def parse_json(text: str, name: str) -> Any:
     """JSON as Python reads it, NaN and infinities included; ProfileError for anything else and for a repeated key."""
 
-    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        built: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in built:
-                raise _yaml.fault(name, None, f"duplicate key {_yaml.quote(key)}")
-            built[key] = value
-        return built
-
     try:
-        value = json.loads(text, object_pairs_hook=mapping)
-    except json.JSONDecodeError as error:
-        raise _yaml.fault(name, error.lineno, f"not JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise _yaml.fault(name, None, "nested too deep") from None
+        value = _yaml.load_json(text, name, object_pairs_hook=lambda pairs: _yaml.unrepeated(pairs, name))
     except ValueError as error:  # Python refuses integers of more than 4,300 digits
         raise _yaml.fault(name, None, f"not JSON: {error}") from None
     level, depth = [value], 0
@@ -62,18 +41,18 @@ def _children(item: Any) -> Iterable[Any]:
     return item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
 
 
-def json_text(value: Any, *, ascii_only: bool = True, indent: int = 0) -> str:
+def json_text(value: Any, *, indent: int = 0) -> str:
     """JSON text, two spaces a level, keys in their order, and a list of plain values on one line.
 
     Floats are written as Python's repr writes them, so that they come back exactly.
     """
     deeper, here = " " * (indent + 2), " " * indent
     if isinstance(value, dict) and value:
-        keys = (json.dumps(key, ensure_ascii=ascii_only) for key in value)
-        items = (json_text(item, ascii_only=ascii_only, indent=indent + 2) for item in value.values())
+        keys = (json.dumps(key) for key in value)
+        items = (json_text(item, indent=indent + 2) for item in value.values())
         lines = ",\n".join(f"{deeper}{key}: {item}" for key, item in zip(keys, items, strict=True))
         return f"{{\n{lines}\n{here}}}"
     if isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value):
-        lines = ",\n".join(deeper + json_text(item, ascii_only=ascii_only, indent=indent + 2) for item in value)
+        lines = ",\n".join(deeper + json_text(item, indent=indent + 2) for item in value)
         return f"[\n{lines}\n{here}]"
-    return json.dumps(value, ensure_ascii=ascii_only)
+    return json.dumps(value)

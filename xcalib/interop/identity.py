@@ -10,10 +10,9 @@ from xcalib.errors import ModelError
 from xcalib.interop.files import parse_json, read_file
 from xcalib.profile import ModelIdentity, load_profile
 
-__all__ = ["BLOCK_KEY", "SHAPE", "identity_of_config", "model_identity", "read_config"]
+__all__ = ["BLOCK_KEY", "identity_of_config", "model_identity", "read_config"]
 
 BLOCK_KEY = "sparse_attention_config"
-SHAPE = ("model_type", "layers", "query_heads", "kv_heads", "head_dim")
 
 
 def model_identity(source: str) -> ModelIdentity:

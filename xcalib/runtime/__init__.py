@@ -7,7 +7,7 @@ import warnings
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from xcalib.errors import ModelError, XcalibWarning
+from xcalib.errors import XcalibWarning
 
 if TYPE_CHECKING:
     from xcalib.kernels.api import Backend
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from xcalib.profile import OperatingPoint, Profile
 
 __all__ = ["Handle", "apply_profile", "check_fits", "sparse_plan"]
-
-_SHAPE = ("model_type", "layers", "query_heads", "kv_heads", "head_dim")
 
 
 def apply_profile(
@@ -134,16 +132,4 @@ def check_fits(model: Any, profile: "Profile", *, force: bool = False) -> None:
     """Raise ModelError unless the profile was made for this model: same shape and, without ``force``, same config."""
     from xcalib.models.structure import describe_model
 
-    expected, actual = profile.model, describe_model(model)
-    for field in _SHAPE:
-        if getattr(expected, field) != getattr(actual, field):
-            raise ModelError(
-                f"the profile is for another model: {field} is {getattr(expected, field)!r} in the profile "
-                f"({expected.name}) and {getattr(actual, field)!r} in {actual.name}"
-            )
-    if expected.config_sha256 != actual.config_sha256 and not force:
-        raise ModelError(
-            f"the profile was made with another config than that of {actual.name}: config_sha256 is "
-            f"{expected.config_sha256[:12]}... in the profile and {actual.config_sha256[:12]}... here, so its "
-            "thresholds may not fit; force=True applies it all the same"
-        )
+    profile.model.check(describe_model(model), any_config=force, otherwise="force=True applies it all the same")
