@@ -399,7 +399,7 @@ def test_profile_with_the_default_points(curves: Curves, tmp_path: Path) -> None
     assert profile.default_point == "balanced"
     assert profile.dense_layers == (1,)
     assert (profile.method.stride, profile.method.block_size, profile.method.pattern) == (16, 64, "antidiagonal")
-    assert [(found.min_length, found.max_length) for found in profile.length_bins] == [(256, None)]
+    assert [(found.min_length, found.max_length) for found in profile.length_bins] == [(256, 2049)]
     assert profile.calibration.documents == ("0123456789abcdef",)
     assert set(profile.versions) == {"xcalib", "torch", "transformers", "numpy", "python"}
     tables = Tables.of(curves)

@@ -28,6 +28,8 @@ __all__ = [
     "Evidence",
     "Intervals",
     "LengthBin",
+    "LengthEvidence",
+    "LengthPrediction",
     "Method",
     "ModelIdentity",
     "OperatingPoint",
@@ -160,12 +162,17 @@ class LengthBin(_Model):
             raise _rule(f"max_length must be above min_length, got {self.max_length} and {self.min_length}")
         return self
 
+    def holds(self, length: int) -> bool:
+        """Whether ``length`` keys are in the bin."""
+        return self.min_length <= length and (self.max_length is None or length < self.max_length)
+
 
 class Bound(_Model):
     """How far from the best the search can be at most.
 
     cost: mean density; error: the sum that was minimised, in the units of the objective; lower_bound: Lagrangian bound on it
-    (on the cost for a kl target); gap: (error - lower_bound) / lower_bound, None where it is not defined.
+    (on the cost for a kl target); gap: (error - lower_bound) / lower_bound, None where it is not defined. Each length bin is
+    a search of its own: this is the bin with the largest gap.
     """
 
     cost: Real
@@ -196,13 +203,26 @@ class Intervals(_Model):
         return self
 
 
+class LengthEvidence(LengthBin):
+    """The part of an :class:`Evidence` that samples of one length bin gave; the keys mean the same."""
+
+    density: Fraction
+    kl: Real
+    accuracy: Fraction | None = None
+    accuracy_dense: Fraction | None = None
+    samples: Count
+    tokens: Count
+    intervals: Intervals | None = None
+
+
 class Evidence(_Model):
     """Measured on held-out data: density in [0, 1], KL to the dense model in nats per token, accuracies in [0, 1].
 
     intervals: how sure these are; None with fewer than two samples, and in files written before there were any.
+    by_length: of each length bin that held-out samples fall into; None where the profile has one bin.
     """
 
-    _later = frozenset({"intervals"})
+    _later = frozenset({"intervals", "by_length"})
 
     density: Fraction
     kl: Real
@@ -214,14 +234,28 @@ class Evidence(_Model):
     samples: Count
     tokens: Count
     intervals: Intervals | None = None
+    by_length: tuple[LengthEvidence, ...] | None = None
+
+
+class LengthPrediction(LengthBin):
+    """What the search expects in one length bin: density in [0, 1] and KL in nats per token."""
+
+    density: Fraction
+    kl: Real
 
 
 class Prediction(_Model):
-    """What the search expects: mean density in [0, 1], KL in nats per token, accuracy in [0, 1] where known."""
+    """What the search expects: mean density in [0, 1], KL in nats per token, accuracy in [0, 1] where known.
+
+    With several length bins the figures are means over all of them, and by_length has those of each, in order.
+    """
+
+    _later = frozenset({"by_length"})
 
     density: Fraction
     kl: Real
     accuracy: Fraction | None = None
+    by_length: tuple[LengthPrediction, ...] | None = None
 
 
 class OperatingPoint(_Model):
@@ -254,8 +288,11 @@ class Calibration(_Model):
     """The data that was searched on.
 
     Lengths are in tokens; documents are the hex hashes of its texts, so that an evaluation can refuse them; dropped
-    counts the samples left out, by reason.
+    counts the samples left out, by reason. lengths: what was asked of the longest samples, one for each length bin; None in
+    files written before there were several.
     """
+
+    _later = frozenset({"lengths"})
 
     sources: Rows[Text]
     samples: Whole
@@ -266,6 +303,7 @@ class Calibration(_Model):
     documents: Rows[Hex]
     gain_samples: Whole = 0
     dropped: Annotated[dict[Key, Whole], AfterValidator(_FrozenDict)] = Field(default_factory=_FrozenDict)
+    lengths: tuple[Count, ...] | None = None
 
     @_model_validator(mode="after")
     def _check(self) -> "Calibration":
@@ -327,6 +365,14 @@ def _bin_faults(profile: Profile) -> Iterator[tuple[KeyPath, str]]:
             yield ("length_bins", index - 1, "max_length"), "only the last bin may be without an end"
         elif start != end:
             yield ("length_bins", index, "min_length"), f"must be {end}, where the bin before ends, got {start}"
+    lengths = profile.calibration.lengths
+    if lengths is None:
+        return
+    if len(lengths) != len(bins):
+        yield ("calibration", "lengths"), f"{len(lengths)} lengths, the profile has {len(bins)} length bins"
+    for index, (length, length_bin) in enumerate(zip(lengths, bins, strict=False)):
+        if not length_bin.holds(length):
+            yield ("calibration", "lengths", index), f"{length} is not in length_bins[{index}]"
 
 
 def _point_faults(profile: Profile) -> Iterator[tuple[KeyPath, str]]:
@@ -337,6 +383,8 @@ def _point_faults(profile: Profile) -> Iterator[tuple[KeyPath, str]]:
         names.add(point.name)
         for path, text in _threshold_faults(profile, point):
             yield ("points", index, "thresholds", *path), text
+        for path, text in _length_faults(profile, point):
+            yield ("points", index, *path), text
     if profile.default_point not in names:
         known = ", ".join(sorted(names))
         yield ("default_point",), f"no point called {_yaml.quote(profile.default_point)}; there is: {known}"
@@ -355,6 +403,18 @@ def _threshold_faults(profile: Profile, point: OperatingPoint) -> Iterator[tuple
         for layer in profile.dense_layers:
             if layer < len(rows) and any(tau != 1 for tau in rows[layer]):
                 yield (bin_index, layer), f"layer {layer} is one of dense_layers: every threshold must be 1.0"
+
+
+def _length_faults(profile: Profile, point: OperatingPoint) -> Iterator[tuple[KeyPath, str]]:
+    bins = [(length_bin.min_length, length_bin.max_length) for length_bin in profile.length_bins]
+    predicted = point.predicted.by_length if point.predicted else None
+    if predicted is not None and [(part.min_length, part.max_length) for part in predicted] != bins:
+        yield ("predicted", "by_length"), "must have one entry for each of length_bins, with its lengths"
+    measured = point.heldout.by_length if point.heldout else None
+    if measured is not None:
+        found = [(part.min_length, part.max_length) for part in measured]
+        if found != [one for one in bins if one in found]:
+            yield ("heldout", "by_length"), "must have the lengths of length_bins, each at most once and in order"
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:

@@ -5,16 +5,29 @@ One dense pass per sample carries the sweep of all thresholds; then the gain of 
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, load_curves, save_curves
 from xcalib.collect.job import Job
+from xcalib.collect.lengths import labelled, load_curve_sets, measured_length, open_index, write_index
 from xcalib.collect.units import Units
-from xcalib.data import SampleSet
+from xcalib.data import SampleSet, check_lengths
+from xcalib.errors import DataError
 from xcalib.models.structure import describe_model
 from xcalib.progress import Progress, silent
 
-__all__ = ["DEFAULT_GRID", "CollectSettings", "Curves", "collect", "load_curves", "save_curves"]
+__all__ = [
+    "DEFAULT_GRID",
+    "CollectSettings",
+    "Curves",
+    "collect",
+    "collect_lengths",
+    "load_curve_sets",
+    "load_curves",
+    "measured_length",
+    "save_curves",
+]
 
 
 def collect(
@@ -58,6 +71,48 @@ def collect(
     return curves
 
 
+def collect_lengths(
+    model: Any,
+    sets: Sequence[SampleSet],
+    folder: str | os.PathLike[str],
+    *,
+    settings: CollectSettings | None = None,
+    name: str | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> tuple[Curves, ...]:
+    """Measure a model at several lengths: a collection of its own, as :func:`collect` makes it, for each set of samples.
+
+    Args:
+        model: a transformers causal language model, in evaluation mode.
+        sets: calibration data, one set a length, in ascending order (:func:`xcalib.data.length_sets`).
+        folder: new or empty, or of the collection to resume. Receives a folder named after each length and, when all are
+            done, ``lengths.json``; with one set it is that set's own folder.
+        settings: what is measured, the same at every length.
+        name: what the user calls the model.
+        resume: go on with what ``folder`` holds.
+        progress: draws the work.
+
+    Raises:
+        CurvesError: the folder cannot be used, or holds other lengths.
+        DataError: the sets are not in ascending order, or one is shorter than 64 tokens.
+        ModelError: the model cannot be measured, or its activations are not finite.
+    """
+    options: dict[str, Any] = {"settings": settings, "name": name, "resume": resume}
+    if len(sets) == 1:
+        return (collect(model, sets[0], folder, progress=progress, **options),)
+    lengths = [samples.length for samples in sets]
+    if list(check_lengths(lengths)) != lengths:
+        raise DataError(f"sets of samples must be in ascending order of length, got {lengths}")
+    root = open_index(folder, lengths, resume=resume)
+    curves = tuple(
+        collect(model, samples, root / str(length), progress=labelled(progress, length), **options)
+        for samples, length in zip(sets, lengths, strict=True)
+    )
+    write_index(root, lengths)
+    return curves
+
+
 def _identity(
     model_identity: dict[str, Any], model: Any, samples: SampleSet, settings: CollectSettings
 ) -> dict[str, Any]:
@@ -82,4 +137,5 @@ def _calibration(samples: SampleSet, settings: CollectSettings) -> dict[str, Any
         "documents": sorted(samples.documents),
         "gain_samples": min(settings.gain_samples, len(lengths)),
         "dropped": dict(samples.dropped),
+        "lengths": [samples.length],
     }

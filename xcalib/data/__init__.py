@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from xcalib.data._documents import Drops, choose
 from xcalib.data._encode import Encoder, Tokenizer
+from xcalib.data._lengths import SHORTEST, boundary, check_lengths, length_sets, parse_lengths, pooled
 from xcalib.data._plugins import function_samples, hub_samples
 from xcalib.data._ruler import TASKS, check_tasks, ruler_samples
 from xcalib.data._sample import DIGEST_CHARS, Sample, SampleSet, score
@@ -18,7 +19,23 @@ from xcalib.data._specs import SPLITS, Spec, Split, allocate, interleave, parse_
 from xcalib.data._windows import Request, draw
 from xcalib.errors import DataError
 
-__all__ = ["DEFAULT_SPECS", "TASKS", "Sample", "SampleSet", "Split", "Tokenizer", "categories", "load_samples", "score"]
+__all__ = [
+    "DEFAULT_SPECS",
+    "SHORTEST",
+    "TASKS",
+    "Sample",
+    "SampleSet",
+    "Split",
+    "Tokenizer",
+    "boundary",
+    "categories",
+    "check_lengths",
+    "length_sets",
+    "load_samples",
+    "parse_lengths",
+    "pooled",
+    "score",
+]
 
 DEFAULT_SPECS: tuple[str, ...] = ("builtin", "ruler")
 
@@ -68,7 +85,7 @@ def load_samples(
         made.append(samples)
     ordered = tuple(made[i][k] for i, k in interleave(counts))
     names = (specs,) if isinstance(specs, str) else tuple(specs)
-    return SampleSet(ordered, drops.summary(), names, split, seed)
+    return SampleSet(ordered, drops.summary(), names, split, seed, request.max_length)
 
 
 def _checked(request: Request) -> Request:

@@ -74,6 +74,7 @@ class SampleSet:
         specs: as given, weights included.
         split: ``calibration``, ``heldout`` or ``all``.
         seed: as given.
+        max_length: as given, in tokens; None for samples that were not drawn by length.
     """
 
     samples: tuple[Sample, ...]
@@ -81,6 +82,7 @@ class SampleSet:
     specs: tuple[str, ...]
     split: str
     seed: int
+    max_length: int | None = None
 
     @property
     def tokens_sha256(self) -> str:
@@ -90,6 +92,11 @@ class SampleSet:
             digest.update(len(sample.tokens).to_bytes(8, "little"))
             digest.update(sample.tokens.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    @property
+    def length(self) -> int:
+        """What the set stands for, in tokens: the length asked for, or that of the longest sample if that is longer."""
+        return max([self.max_length or 0, *(len(sample.tokens) for sample in self.samples)])
 
     @property
     def documents(self) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """How far a sparsely attending model is from itself attending densely: KL, perplexity, task accuracy, density, time."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,8 +8,9 @@ import numpy as np
 import torch
 
 from xcalib.collect.units import Units
-from xcalib.data import Sample, SampleSet, score
+from xcalib.data import Sample, SampleSet, pooled, score
 from xcalib.errors import DataError, ModelError
+from xcalib.evaluation.by_length import Bins, LengthResult, part_by_length
 from xcalib.evaluation.results import Evaluation, SampleResult, summarise
 from xcalib.evaluation.timing import Stopwatch
 from xcalib.evaluation.uniform import UniformPoint, uniform_at
@@ -21,6 +23,7 @@ from xcalib.runtime import check_fits, sparse_plan
 
 __all__ = [
     "Evaluation",
+    "LengthResult",
     "UniformPoint",
     "evaluate",
     "evaluate_plans",
@@ -32,7 +35,7 @@ __all__ = [
 
 def evaluate(
     model: Any,
-    data: SampleSet,
+    data: SampleSet | Sequence[SampleSet],
     profile: Profile | None = None,
     *,
     point: str | None = None,
@@ -44,7 +47,8 @@ def evaluate(
 
     Args:
         model: a transformers causal language model, in evaluation mode.
-        data: samples; those with answers are scored when ``tokenizer`` is given.
+        data: samples; those with answers are scored when ``tokenizer`` is given. Several sets are pooled, and the result has
+            each set's length apart (``Evaluation.by_length``).
         profile: its points (or one ``point``) are measured; None measures the dense model and ``uniform`` only.
         point: name of the one operating point to measure; default all.
         uniform: single taus to measure the same way, with the profile's method.
@@ -55,10 +59,13 @@ def evaluate(
         ModelError: the profile is another model's.
         DataError: calibration documents of the profile are among the samples: figures on them would prove nothing.
     """
+    sets = (data,) if isinstance(data, SampleSet) else tuple(data)
+    together = pooled(sets)
     if profile is not None:
-        refuse_overlap(profile.calibration.documents, data)
+        refuse_overlap(profile.calibration.documents, together)
     plans = plans_to_evaluate(model, profile, point=point, uniform=uniform)
-    return evaluate_plans(model, data, plans, tokenizer=tokenizer, progress=progress)
+    lengths = [one.length for one in sets]
+    return evaluate_plans(model, together, plans, tokenizer=tokenizer, lengths=lengths, progress=progress)
 
 
 def plans_to_evaluate(
@@ -111,6 +118,7 @@ def evaluate_plans(
     *,
     tokenizer: Any = None,
     every: int = 1,
+    lengths: Sequence[int] = (),
     units: Units | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -122,6 +130,7 @@ def evaluate_plans(
         plans: name to thresholds.
         tokenizer: needed to score samples with answers.
         every: KL and losses are taken at every such position; odd, so that every place within a block has its turn.
+        lengths: that samples were drawn at, in tokens, if several: the result has them apart.
         units: where finished samples are kept, so that an interrupted evaluation goes on.
         progress: draws the work.
 
@@ -150,7 +159,13 @@ def evaluate_plans(
                 result = SampleResult(**unit)
                 advance(1 + len(plans))
             results.append(result)
-    return summarise(list(plans), results, data)
+    by_length = part_by_length(list(plans), results, data, _bins(plans), lengths)
+    return dataclasses.replace(summarise(list(plans), results, data), by_length=by_length)
+
+
+def _bins(plans: Mapping[str, SparsePlan]) -> Bins:
+    """The length bins of the plans: those of one profile and its single taus are the same."""
+    return next((plan.bins for plan in plans.values()), ((0, None),))
 
 
 def _evaluate_sample(

@@ -4,12 +4,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xcalib.data import SampleSet
 from xcalib.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Interval, ratio_interval
+
+if TYPE_CHECKING:
+    from xcalib.evaluation.by_length import LengthResult
 
 __all__ = ["DenseResult", "Evaluation", "PlanResult", "SampleResult", "summarise"]
 
@@ -88,7 +91,8 @@ class PlanResult:
 class Evaluation:
     """Dense and sparse side by side on the same samples; ``to_dict()`` is JSON.
 
-    ``confidence`` is what every interval holds, by ``resamples`` draws of the bootstrap.
+    ``confidence`` is what every interval holds, by ``resamples`` draws of the bootstrap. ``by_length`` has the same by length,
+    where samples differ in it or plans have several length bins.
     """
 
     dense: DenseResult
@@ -99,6 +103,7 @@ class Evaluation:
     asking: int
     confidence: float = CONFIDENCE
     resamples: int = RESAMPLES
+    by_length: "tuple[LengthResult, ...]" = ()
 
     def plan(self, name: str) -> PlanResult:
         """The result of one plan by name; KeyError when there is none."""

@@ -1,12 +1,13 @@
 """What operating points do on data that the search never saw, written into their profile."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.evaluation import Evaluation, evaluate_plans
 from xcalib.evaluation.results import PlanResult
-from xcalib.profile import Evidence, Intervals, OperatingPoint, Profile, make_profile
+from xcalib.profile import Evidence, Intervals, LengthEvidence, OperatingPoint, Profile, make_profile
 from xcalib.progress import Progress, silent
 from xcalib.runtime import sparse_plan
 from xcalib.search.gate import judge
@@ -34,10 +35,14 @@ def add_evidence(
 
 
 def with_evidence(profile: Profile, found: Evaluation) -> Profile:
-    """The profile with an evaluation's figures for those of its points that were measured, each verified or not."""
+    """The profile with an evaluation's figures for those of its points that were measured, each verified or not.
+
+    With several length bins the evaluation must have parted its samples by these alone (``evaluate_plans`` without
+    ``lengths``), so that each bin has one row of its ``by_length``.
+    """
     measured = {plan.name: plan for plan in found.plans}
     points = (
-        _judged(point.model_copy(update={"heldout": _evidence(measured[point.name], found)}))
+        _judged(point.model_copy(update={"heldout": _evidence(measured[point.name], found, len(profile.length_bins))}))
         if point.name in measured
         else point
         for point in profile.points
@@ -49,16 +54,7 @@ def _judged(point: OperatingPoint) -> OperatingPoint:
     return point.model_copy(update={"verified": judge(point).verified})
 
 
-def _evidence(result: PlanResult, found: Evaluation) -> Evidence:
-    intervals = None
-    if result.kl_interval is not None:
-        intervals = Intervals(
-            confidence=found.confidence,
-            resamples=found.resamples,
-            kl=result.kl_interval,
-            accuracy=result.accuracy_interval,
-            drop=result.drop_interval,
-        )
+def _evidence(result: PlanResult, found: Evaluation, bins: int) -> Evidence:
     return Evidence(
         density=result.density,
         kl=result.kl,
@@ -69,5 +65,37 @@ def _evidence(result: PlanResult, found: Evaluation) -> Evidence:
         perplexity_dense=found.dense.perplexity,
         samples=found.samples,
         tokens=found.tokens,
-        intervals=intervals,
+        intervals=_intervals(result, found),
+        by_length=tuple(_at_each_length(result.name, found)) if bins > 1 else None,
+    )
+
+
+def _at_each_length(name: str, found: Evaluation) -> Iterator[LengthEvidence]:
+    """One entry for each length bin with samples in it; what is dense below the first or beyond the last is nobody's."""
+    for part in found.by_length:
+        if part.length_bin is None or part.extrapolated:
+            continue
+        result = {plan.name: plan for plan in part.plans}[name]
+        yield LengthEvidence(
+            min_length=part.length_bin[0],
+            max_length=part.length_bin[1],
+            density=result.density,
+            kl=result.kl,
+            accuracy=result.accuracy,
+            accuracy_dense=part.dense.accuracy,
+            samples=part.samples,
+            tokens=part.tokens,
+            intervals=_intervals(result, found),
+        )
+
+
+def _intervals(result: PlanResult, found: Evaluation) -> Intervals | None:
+    if result.kl_interval is None:
+        return None
+    return Intervals(
+        confidence=found.confidence,
+        resamples=found.resamples,
+        kl=result.kl_interval,
+        accuracy=result.accuracy_interval,
+        drop=result.drop_interval,
     )

@@ -4,12 +4,12 @@ The rule is stated in docs/search.md. It needs nothing but the profile, so anyon
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from xcalib.errors import TargetError, TargetMissedError, XcalibWarning
-from xcalib.profile import Evidence, OperatingPoint, Profile
+from xcalib.profile import Evidence, LengthBin, LengthEvidence, OperatingPoint, Profile
 from xcalib.search.targets import Target, parse_target
 
 __all__ = ["DENSITY_TOLERANCE", "DROP_LIMIT", "KL_LIMIT", "Outcome", "Verdict", "enforce", "judge", "missed"]
@@ -65,6 +65,11 @@ class _Figure:
     ends: str
 
     @property
+    def sampled(self) -> bool:
+        """Whether the figure differs much from sample to sample; a density has a tolerance instead of an interval."""
+        return self.most > self.limit
+
+    @property
     def outcome(self) -> Outcome:
         if self.value <= self.limit * _ROUNDING:
             return "met"
@@ -73,11 +78,12 @@ class _Figure:
         return "uncertain"
 
 
+_SEVERITY: tuple[Outcome, ...] = ("met", "uncertain", "missed")
 _WORDS = {"met": "met", "uncertain": "not refuted", "missed": "missed"}
 
 
 def judge(point: OperatingPoint) -> Verdict:
-    """Hold a point's held-out figures against its target."""
+    """Hold a point's held-out figures against its target, over all lengths and in each length bin: the worst counts."""
     said = f"{point.name}: {point.target}"
     try:
         target = parse_target(point.target, point.name)
@@ -89,16 +95,50 @@ def judge(point: OperatingPoint) -> Verdict:
     if figure is None:
         reason = "no held-out sample asks a question that the dense model answers"
         return Verdict(point.name, "unmeasured", f"{said}: not verified: {reason}")
-    outcome = figure.outcome
-    text = f"{said} {_WORDS[outcome]} on held-out data: measured {figure.text}{figure.ends}"
-    if outcome == "uncertain":
+    found = [(figure.outcome, f"{said} {_told(figure)}"), *_in_bins(target, point, said)]
+    outcome = max((one for one, _ in found), key=_SEVERITY.index)
+    # A miss or a doubt in one bin only is said of that bin; else all lengths together say it.
+    texts = [text for one, text in found if one == outcome]
+    return Verdict(point.name, outcome, texts[0] if found[0][0] == outcome else "; ".join(texts))
+
+
+def _told(figure: _Figure, where: str = "", *, too_few: bool = False) -> str:
+    """What was measured and what follows; ``too_few`` samples excuse a figure above the target."""
+    word = _WORDS["uncertain" if too_few else figure.outcome]
+    text = f"{word} on held-out data{where}: measured {figure.text}{figure.ends}"
+    if too_few:
+        return f"{text}, too few to tell: more held-out samples would"
+    if figure.outcome == "uncertain":
         text += ", which reaches the target: more held-out samples would tell"
-    if outcome == "missed" and figure.interval and figure.interval[0] <= figure.limit:
+    if figure.outcome == "missed" and figure.interval and figure.interval[0] <= figure.limit:
         text += ", too far above for an interval to excuse"
-    return Verdict(point.name, outcome, text)
+    return text
 
 
-def _figure(target: Target, heldout: Evidence) -> _Figure | None:
+def _in_bins(target: Target, point: OperatingPoint, said: str) -> Iterator[tuple[Outcome, str]]:
+    """Outcome and text of each length bin, where the evidence parts them."""
+    if point.heldout is None or point.heldout.by_length is None:
+        return
+    measured = {(part.min_length, part.max_length): part for part in point.heldout.by_length}
+    expected = point.predicted.by_length if point.predicted else None
+    for part in expected or point.heldout.by_length:
+        where = f" at {_keys(part)}"
+        evidence = measured.get((part.min_length, part.max_length))
+        figure = None if evidence is None else _figure(target, evidence)
+        if figure is None:
+            lacking = "is that long" if evidence is None else "there asks a question that the dense model answers"
+            yield "uncertain", f"{said} not refuted on held-out data{where}: no sample {lacking}"
+        elif figure.outcome == "missed" and figure.sampled and figure.interval is None:
+            yield "uncertain", f"{said} {_told(figure, where, too_few=True)}"
+        else:
+            yield figure.outcome, f"{said} {_told(figure, where)}"
+
+
+def _keys(part: LengthBin) -> str:
+    return f"{part.min_length:,} to {part.max_length - 1:,} keys" if part.max_length else f"{part.min_length:,} keys on"
+
+
+def _figure(target: Target, heldout: Evidence | LengthEvidence) -> _Figure | None:
     if target.kind == "kl":
         return _kl(target, heldout)
     if target.kind == "drop":
@@ -111,7 +151,7 @@ def _figure(target: Target, heldout: Evidence) -> _Figure | None:
     return _Figure(heldout.density, asked, limit, limit, None, text, f" ({_count(heldout.samples)})")
 
 
-def _kl(target: Target, heldout: Evidence) -> _Figure:
+def _kl(target: Target, heldout: Evidence | LengthEvidence) -> _Figure:
     interval = None if heldout.intervals is None else heldout.intervals.kl
     over = f", {_above(heldout.kl, target.value)}" if heldout.kl > target.value * _ROUNDING else ""
     ends = _ends(heldout, interval and f"{interval[0]:.4g} to {interval[1]:.4g}")
@@ -126,7 +166,7 @@ def _kl(target: Target, heldout: Evidence) -> _Figure:
     )
 
 
-def _drop(target: Target, heldout: Evidence) -> _Figure | None:
+def _drop(target: Target, heldout: Evidence | LengthEvidence) -> _Figure | None:
     if heldout.accuracy is None or not heldout.accuracy_dense:
         return None
     value = 1 - heldout.accuracy / heldout.accuracy_dense
@@ -141,7 +181,7 @@ def _above(value: float, target: float) -> str:
     return f"{value / target - 1:.1%} above"
 
 
-def _ends(heldout: Evidence, ends: str | None) -> str:
+def _ends(heldout: Evidence | LengthEvidence, ends: str | None) -> str:
     if ends is None or heldout.intervals is None:
         return f" (no interval: {_count(heldout.samples)})"
     return f", {heldout.intervals.confidence:.0%} interval {ends} ({_count(heldout.samples)})"

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,17 +15,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from xcalib.collect import CollectSettings, Curves, collect
+from xcalib.collect import CollectSettings, Curves, collect_lengths
 from xcalib.collect.units import Units
-from xcalib.data import DEFAULT_SPECS, Sample, SampleSet, load_samples
+from xcalib.data import DEFAULT_SPECS, Sample, SampleSet, Split, length_sets, load_samples, pooled
 from xcalib.errors import TargetError
 from xcalib.evaluation import evaluate_plans, refuse_overlap
 from xcalib.models.sparse import SparsePlan
-from xcalib.profile import OperatingPoint, Prediction, Profile, make_profile
+from xcalib.profile import OperatingPoint, Profile, make_profile
 from xcalib.progress import Progress, silent
 from xcalib.search.evidence import add_evidence
 from xcalib.search.gate import enforce
-from xcalib.search.plan import Objective, Planned, SearchMethod, Tables, plan_point
+from xcalib.search.lengths import (
+    as_sets,
+    at_length,
+    length_bins,
+    pooled_calibration,
+    pooled_prediction,
+    refuse_unreachable,
+    worst_bound,
+)
+from xcalib.search.plan import AccuracyDrop, Objective, Planned, SearchMethod, Tables, plan_point
 from xcalib.search.targets import Target, parse_targets
 
 __all__ = ["DEFAULT_CALIBRATION", "CalibrationData", "build_profile", "search"]
@@ -40,13 +49,18 @@ _PACKAGES = ("xcalib", "torch", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """How much data a search takes when it is given specs instead of samples (lengths in tokens)."""
+    """How much data a search takes when it is given specs instead of samples (lengths in tokens).
+
+    ``lengths`` takes the place of ``max_length``: samples of each length, as many of each as the two numbers say, and
+    thresholds of their own for each (docs/lengths.md). ``min_length`` then has to be None.
+    """
 
     num_samples: int = 8
     heldout_samples: int = 6
     max_length: int = 2048
     min_length: int | None = None
     seed: int = 0
+    lengths: tuple[int, ...] = ()
 
 
 DEFAULT_CALIBRATION = CalibrationData()
@@ -54,7 +68,7 @@ DEFAULT_CALIBRATION = CalibrationData()
 
 def search(
     model: Any,
-    data: SampleSet | str | Sequence[str] = DEFAULT_SPECS,
+    data: SampleSet | Sequence[SampleSet] | str | Sequence[str] = DEFAULT_SPECS,
     *,
     target: str | Sequence[str] = (),
     tokenizer: Any = None,
@@ -64,7 +78,7 @@ def search(
     objective: Objective = "tempered",
     start_threshold: float = 0.9,
     settings: CollectSettings | None = None,
-    curves: Curves | None = None,
+    curves: Curves | Sequence[Curves] | None = None,
     folder: str | os.PathLike[str] | None = None,
     name: str | None = None,
     resume: bool = False,
@@ -76,7 +90,8 @@ def search(
     Args:
         model: a transformers causal language model, in evaluation mode.
         data: samples, or specs such as ``"ruler"`` or ``"text:notes/*.md"`` (then ``tokenizer`` is needed and held-out
-            samples come from the same specs, other documents).
+            samples come from the same specs, other documents). Several sets of samples, in ascending order of length, give
+            thresholds for each length.
         target: ``"density=0.25"``, ``"kl=0.01"``, ``"drop=1%"``, ``"speedup=4"``, several with names (``"fast:density=0.15"``);
             default three points at densities 0.45, 0.33 and 0.22.
         tokenizer: of the model.
@@ -86,7 +101,7 @@ def search(
         objective: ``tempered`` ((layer gain x output error)^0.75), ``gain`` (without the power) or ``plain`` (output error).
         start_threshold: of the paper's method.
         settings: of the measurement.
-        curves: measured before; skips the measurement.
+        curves: measured before, of one length or of several; skips the measurement.
         folder: where curves and unfinished work are kept; default a temporary folder.
         name: what the user calls the model.
         resume: go on with what ``folder`` holds.
@@ -98,22 +113,24 @@ def search(
         XcalibError: what is wrong, where, and what to do, in one line.
     """
     targets = parse_targets([target] if isinstance(target, str) else list(target))
-    samples, heldout = _samples(data, heldout, tokenizer, amount)
+    sets, heldout = _samples(data, heldout, tokenizer, amount)
+    measured = None if curves is None else as_sets(curves)
     if heldout is not None:
-        refuse_overlap(samples.documents if curves is None else curves.calibration["documents"], heldout)
+        refuse_overlap(_documents(sets, measured), heldout)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(folder if folder is not None else temporary)
-        if curves is None:
-            curves = collect(
-                model, samples, root / "curves", settings=settings, name=name, resume=resume, progress=progress
+        if measured is None:
+            refuse_unreachable(targets, sets, (settings or CollectSettings()).block_size)
+            measured = collect_lengths(
+                model, sets, root / "curves", settings=settings, name=name, resume=resume, progress=progress
             )
         profile = build_profile(
-            curves,
+            measured,
             targets,
             method=method,
             objective=objective,
             start_threshold=start_threshold,
-            accuracy_drop=_drop_meter(model, samples, curves, tokenizer, progress),
+            accuracy_drop=_drop_meters(model, sets, measured, tokenizer, progress),
         )
         if heldout is None:
             return profile
@@ -128,79 +145,109 @@ def search(
 
 
 def _samples(
-    data: SampleSet | str | Sequence[str], heldout: SampleSet | None, tokenizer: Any, amount: CalibrationData
-) -> tuple[SampleSet, SampleSet | None]:
+    data: SampleSet | Sequence[SampleSet] | str | Sequence[str],
+    heldout: SampleSet | None,
+    tokenizer: Any,
+    amount: CalibrationData,
+) -> tuple[tuple[SampleSet, ...], SampleSet | None]:
+    """Calibration samples by length, and all held-out samples together."""
     if isinstance(data, SampleSet):
-        return data, heldout
-    specs = [data] if isinstance(data, str) else list(data)
+        return (data,), heldout
+    sets = [item for item in data if isinstance(item, SampleSet)]
+    if sets:
+        return tuple(sets), heldout
+    specs = [data] if isinstance(data, str) else [str(item) for item in data]
     if tokenizer is None:
         raise TargetError("data is given as specs: pass tokenizer= to read them, or pass a SampleSet")
-    lengths: dict[str, Any] = {"max_length": amount.max_length, "min_length": amount.min_length, "seed": amount.seed}
-    samples = load_samples(specs, tokenizer, num_samples=amount.num_samples, split="calibration", **lengths)
+    if amount.lengths and amount.min_length is not None:
+        raise TargetError("min_length goes with max_length: with lengths, samples of each length are drawn")
+
+    def read(split: Split, count: int, exclude: frozenset[str]) -> tuple[SampleSet, ...]:
+        def one(length: int) -> SampleSet:
+            return load_samples(
+                specs, tokenizer, num_samples=count, max_length=length, min_length=amount.min_length, seed=amount.seed,
+                split=split, exclude=exclude,
+            )  # fmt: skip
+
+        return length_sets(amount.lengths, one) if amount.lengths else (one(amount.max_length),)
+
+    calibration = read("calibration", amount.num_samples, frozenset())
     if heldout is None and amount.heldout_samples:
-        heldout = load_samples(
-            specs, tokenizer, num_samples=amount.heldout_samples, split="heldout", exclude=samples.documents, **lengths
-        )
-    return samples, heldout
+        heldout = pooled(read("heldout", amount.heldout_samples, pooled(calibration).documents))
+    return calibration, heldout
+
+
+def _documents(sets: Sequence[SampleSet], measured: Sequence[Curves] | None) -> set[str]:
+    """What held-out data must not share: the documents of the calibration, over all lengths."""
+    if measured is None:
+        return set(pooled(sets).documents)
+    return {digest for curves in measured for digest in curves.calibration["documents"]}
 
 
 def _evidence_identity(profile: Profile, heldout: SampleSet) -> dict[str, Any]:
     points = [(point.name, point.thresholds) for point in profile.points]
-    return {"points": points, "config": profile.model.config_sha256, "heldout data": heldout.tokens_sha256}
+    bins = [part.model_dump() for part in profile.length_bins]
+    return {
+        "points": points, "bins": bins, "config": profile.model.config_sha256, "heldout data": heldout.tokens_sha256
+    }  # fmt: skip
 
 
 def build_profile(
-    curves: Curves,
+    curves: Curves | Sequence[Curves],
     targets: Sequence[Target],
     *,
     method: SearchMethod = "knapsack",
     objective: Objective = "tempered",
     start_threshold: float = 0.9,
-    accuracy_drop: Callable[[list[np.ndarray]], list[float]] | None = None,
+    accuracy_drop: AccuracyDrop | Sequence[AccuracyDrop | None] | None = None,
 ) -> Profile:
     """Search the curves for every target; the profile carries predictions and no held-out evidence, so its points are unverified.
 
+    Curves of several lengths, in ascending order, give one length bin each, and every target is met in each of them
+    (docs/lengths.md). ``accuracy_drop`` then has one entry for each.
+
     Raises:
-        TargetError: a target cannot be reached.
+        TargetError: a target cannot be reached, at one of the lengths.
+        CurvesError: curves of several lengths are not of one model and one measurement.
     """
-    tables = Tables.of(curves, objective)
+    sets = as_sets(curves)
+    drops = accuracy_drop if isinstance(accuracy_drop, Sequence) else [accuracy_drop] * len(sets)
+    tables = [Tables.of(one, objective) for one in sets]
     points = []
     for target in targets:
-        planned = plan_point(
-            tables, target, method=method, start_threshold=start_threshold, accuracy_drop=accuracy_drop
-        )
-        points.append(_point(curves, target, planned, method, objective))
+        planned = []
+        for table, drop in zip(tables, drops, strict=True):
+            with at_length(table.curves, len(sets)):
+                planned.append(
+                    plan_point(table, target, method=method, start_threshold=start_threshold, accuracy_drop=drop)
+                )
+        points.append(_point(sets, target, planned, method, objective))
     names = [target.name for target in targets]
-    settings, model = curves.settings, curves.model
-    measured = set(curves.layers)
+    settings, model = sets[0].settings, sets[0].model
+    somewhere = {layer for one in sets for layer in one.layers}
     return make_profile(
         method={"stride": settings.stride, "block_size": settings.block_size, "pattern": settings.pattern},
         model=model,
-        dense_layers=tuple(layer for layer in range(int(model["layers"])) if layer not in measured),
-        # Below four blocks nearly every block is the sink or a row's own.
-        length_bins=({"min_length": 4 * settings.block_size, "max_length": None},),
+        dense_layers=tuple(layer for layer in range(int(model["layers"])) if layer not in somewhere),
+        length_bins=length_bins(sets),
         points=tuple(points),
         default_point="balanced" if "balanced" in names else names[0],
-        calibration={
-            **curves.calibration,
-            "documents": tuple(curves.calibration["documents"]),
-            "sources": tuple(curves.calibration["sources"]),
-        },
+        calibration=pooled_calibration(sets),
         versions={package: metadata.version(package) for package in _PACKAGES} | {"python": platform.python_version()},
     )
 
 
 def _point(
-    curves: Curves, target: Target, planned: Planned, method: SearchMethod, objective: Objective
+    sets: Sequence[Curves], target: Target, planned: Sequence[Planned], method: SearchMethod, objective: Objective
 ) -> OperatingPoint:
     return OperatingPoint(
         name=target.name,
         target=str(target),
         objective=_OBJECTIVE_NAMES[objective],
         method=method,
-        thresholds=(_all_layers(curves, planned.thresholds),),
-        predicted=Prediction(density=min(planned.density, 1.0), kl=planned.kl),
-        bound=planned.bound,
+        thresholds=tuple(_all_layers(curves, one.thresholds) for curves, one in zip(sets, planned, strict=True)),
+        predicted=pooled_prediction(sets, planned),
+        bound=worst_bound(planned),
         verified=False,
     )
 
@@ -212,9 +259,19 @@ def _all_layers(curves: Curves, thresholds: np.ndarray) -> tuple[tuple[float, ..
     return tuple(tuple(float(tau) for tau in row) for row in full)
 
 
+def _drop_meters(
+    model: Any, sets: Sequence[SampleSet], measured: Sequence[Curves], tokenizer: Any, progress: Progress
+) -> list[AccuracyDrop | None]:
+    """A meter for each length, or none at all where the samples are not those that the curves were measured on."""
+    if len(sets) != len(measured):
+        return [None] * len(measured)
+    pairs = zip(sets, measured, strict=True)
+    return [_drop_meter(model, samples, curves, tokenizer, progress) for samples, curves in pairs]
+
+
 def _drop_meter(
     model: Any, samples: SampleSet, curves: Curves, tokenizer: Any, progress: Progress
-) -> Callable[[list[np.ndarray]], list[float]] | None:
+) -> AccuracyDrop | None:
     """Measures by how much accuracy falls on the calibration samples that have answers; None without any."""
     asking: tuple[Sample, ...] = tuple(sample for sample in samples.samples if sample.answers)
     if not asking or tokenizer is None:
