@@ -169,7 +169,7 @@ def test_points_of_a_profile(model: Any, samples: Any, profile: Profile) -> None
 
 def test_single_taus_use_the_method_of_the_profile(model: Any, profile: Profile) -> None:
     with_profile = plans_to_evaluate(model, profile, uniform=[0.25])["tau=0.25"]
-    assert (with_profile.block_size, with_profile.bins) == (64, ((256, None),))
+    assert (with_profile.block_size, with_profile.bins) == (64, ((256, 449),))
     alone = plans_to_evaluate(model, None, uniform=[0.25])["tau=0.25"]
     assert (alone.stride, alone.block_size, alone.bins) == (16, 128, ((0, None),))
     assert with_profile.thresholds.unique().tolist() == alone.thresholds.unique().tolist() == [0.25]

@@ -11,15 +11,16 @@ from rich.console import Console
 import xcalib
 from xcalib.cli import options as opt
 from xcalib.cli.bench import bench
+from xcalib.cli.by_length import evaluation_by_length, report_curves
 from xcalib.cli.convert import convert
 from xcalib.cli.demo import run_demo
 from xcalib.cli.diff import diff
 from xcalib.cli.found import reporting_misses, write_profile
 from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
 from xcalib.cli.show import render_profile, unverified_points
-from xcalib.collect import collect as collect_curves
-from xcalib.collect import load_curves
+from xcalib.collect import collect_lengths, load_curve_sets
 from xcalib.collect.units import Units
+from xcalib.data import pooled
 from xcalib.errors import ModelError, XcalibError
 from xcalib.evaluation import evaluate_plans, plans_to_evaluate
 from xcalib.models.structure import describe_model
@@ -85,7 +86,8 @@ def search(
     ] = None,
     num_samples: opt.NumSamples = 8,
     heldout_samples: Annotated[int, typer.Option(min=0, help="Held-out samples; 0 leaves the evidence out.")] = 6,
-    max_length: opt.MaxLength = 2048,
+    max_length: opt.MaxLength = None,
+    lengths: opt.Lengths = None,
     min_length: opt.MinLength = None,
     seed: opt.Seed = 0,
     method: Annotated[SearchMethod, typer.Option(help="paper is the published recurrence.")] = "knapsack",
@@ -121,7 +123,10 @@ def search(
     """
     targets = parse_targets(target or [])
     opt.check_output(out, overwrite)
-    measured = load_curves(curves) if curves else None
+    tokens = opt.chosen_lengths(lengths, max_length, min_length)
+    measured = load_curve_sets(curves) if curves else None
+    if measured is not None:
+        tokens = opt.lengths_of_curves(measured, tokens, given=bool(lengths or max_length))
     chosen: dict[str, Any] = {"method": method, "objective": objective, "start_threshold": start_threshold}
     if model is None:
         if measured is None:
@@ -131,14 +136,15 @@ def search(
         settings = opt.collect_settings(stride, block_size, pattern, gain_samples)
         loaded = opt.open_model(model, device, dtype, trust_remote_code)
         if measured is not None:
-            _same_model(measured.model, loaded)
-        lengths: dict[str, Any] = {"max_length": max_length, "min_length": min_length, "seed": seed}
-        samples = opt.read_samples(data, loaded, num_samples=num_samples, split="calibration", **lengths)
+            _same_model(measured[0].model, loaded)
+        how: dict[str, Any] = {"min_length": min_length, "seed": seed}
+        samples = opt.read_sets(data, loaded, tokens, num_samples=num_samples, split="calibration", **how)
         heldout = None
         if heldout_samples:
-            used = tuple(measured.calibration["documents"]) if measured else tuple(sorted(samples.documents))
-            heldout = opt.read_samples(
-                heldout_data or data, loaded, num_samples=heldout_samples, split="heldout", exclude=used, **lengths
+            used = [one.calibration["documents"] for one in measured] if measured else [pooled(samples).documents]
+            how["exclude"] = tuple(sorted(set().union(*used)))
+            heldout = pooled(
+                opt.read_sets(heldout_data or data, loaded, tokens, num_samples=heldout_samples, split="heldout", **how)
             )
         folder = _work_folder(model, work)
         with resumable("run the same command with --resume"), reporting_misses(out, as_json):
@@ -163,7 +169,8 @@ def collect(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the curves.")],
     data: opt.Data = None,
     num_samples: opt.NumSamples = 8,
-    max_length: opt.MaxLength = 2048,
+    max_length: opt.MaxLength = None,
+    lengths: opt.Lengths = None,
     min_length: opt.MinLength = None,
     seed: opt.Seed = 0,
     stride: opt.Stride = 16,
@@ -177,39 +184,17 @@ def collect(
     as_json: opt.Json = False,
 ) -> None:
     """Measure the curves of every head and the layer gains, and keep them for `xcalib search --curves`."""
+    tokens = opt.chosen_lengths(lengths, max_length, min_length)
     settings = opt.collect_settings(stride, block_size, pattern, gain_samples)
     loaded = opt.open_model(model, device, dtype, trust_remote_code)
-    samples = opt.read_samples(
-        data,
-        loaded,
-        num_samples=num_samples,
-        max_length=max_length,
-        min_length=min_length,
-        seed=seed,
-        split="calibration",
+    samples = opt.read_sets(
+        data, loaded, tokens, num_samples=num_samples, min_length=min_length, seed=seed, split="calibration"
     )
     with resumable("run the same command with --resume"):
-        curves = collect_curves(
+        sets = collect_lengths(
             loaded.model, samples, out, settings=settings, name=model, resume=resume, progress=progress
         )
-    console.print(
-        f"wrote {out}: {len(curves.layers)} layers x {curves.error.shape[2]} heads, {len(curves.grid)} levels",
-        markup=False,
-    )
-    for reason, layers in curves.dense_reasons.items():
-        console.print(f"{layers} layers stay dense: {reason}", markup=False)
-    if as_json:
-        print_json(
-            {
-                "curves": str(out),
-                "grid": curves.grid.tolist(),
-                "density": curves.density.mean(axis=(0, 1)).tolist(),
-                "error": curves.relative_error.sum(axis=1).mean(axis=0).tolist(),
-                "gain": curves.gain.tolist(),
-                "calibration": curves.calibration,
-                "dense_reasons": curves.dense_reasons,
-            }
-        )
+    report_curves(sets, out, as_json)
 
 
 @app.command(epilog="Example: `xcalib evaluate demo --profile demo.yaml --uniform 0.9 --data builtin --json`")
@@ -224,6 +209,13 @@ def evaluate(
     num_samples: opt.NumSamples = 6,
     max_length: Annotated[
         int | None, typer.Option(min=64, help="Tokens of the longest sample; default the calibration's.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS,...",
+            help="Several lengths, as 1k,2k,4k: --num-samples of each, and a table by length; default the calibration's.",
+        ),
     ] = None,
     min_length: opt.MinLength = None,
     seed: opt.Seed = 0,
@@ -242,19 +234,22 @@ def evaluate(
     loaded_profile = load_profile(profile) if profile else None
     if loaded_profile is not None and point is not None:
         loaded_profile.point(point)
+    record = loaded_profile.calibration if loaded_profile else None
+    default = ((record.lengths or (record.max_length,)) if record and record.samples else None) or (opt.DEFAULT_LENGTH,)
+    tokens = opt.chosen_lengths(lengths, max_length, min_length, default[-1:] if min_length else default)
     loaded = opt.open_model(model, device, dtype, trust_remote_code)
     plans = plans_to_evaluate(loaded.model, loaded_profile, point=point, uniform=uniform or ())
-    record = loaded_profile.calibration if loaded_profile else None
-    samples = opt.read_samples(
+    sets = opt.read_sets(
         data or (list(record.sources) if record else None),
         loaded,
+        tokens,
         num_samples=num_samples,
-        max_length=max_length or (record.max_length if record else 0) or 2048,
         min_length=min_length,
         seed=seed,
         split="heldout",
         exclude=record.documents if record else (),
     )
+    samples = pooled(sets)
     units = None
     if work is not None:
         identity = {
@@ -264,8 +259,12 @@ def evaluate(
         }
         units = Units(work, identity, resume=resume)
     with resumable("run the same command with --resume" if work else "give --work FOLDER to be able to --resume"):
-        found = evaluate_plans(loaded.model, samples, plans, tokenizer=loaded.tokenizer, units=units, progress=progress)
+        found = evaluate_plans(
+            loaded.model, samples, plans, tokenizer=loaded.tokenizer, lengths=tokens, units=units, progress=progress
+        )
     console.print(evaluation_table(found, f"{model}: dense against sparse, held out"))
+    if found.by_length:
+        console.print(evaluation_by_length(found))
     console.print(by_layer_table(found))
     if as_json:
         print_json(found.to_dict())

@@ -8,6 +8,7 @@ import typer
 
 from xcalib._files import replace_file
 from xcalib.cli import options as opt
+from xcalib.cli.by_length import bin_name
 from xcalib.cli.output import console, print_json, quiet_libraries, status
 from xcalib.errors import DataError
 from xcalib.interop import (
@@ -151,18 +152,30 @@ def _to_profile(
 
 def _to_table(profile: Profile, out: Path, name: str | None, point: str | None, length: int | None) -> dict[str, Any]:
     chosen = profile.point(point)
-    rows = chosen.thresholds[bin_for_length(profile, length)]
+    index = bin_for_length(profile, length)
+    rows, length_bin = chosen.thresholds[index], profile.length_bins[index]
     name = name or table_name(profile)
     replace_file(out, table_text(rows, name, python=out.suffix.lower() == ".py").encode())
     figures = _figures(profile, rows)
-    _report(out, f"{name}, point {chosen.name}", figures)
+    several = f", {bin_name(length_bin)}" if len(profile.length_bins) > 1 else ""
+    _report(out, f"{name}, point {chosen.name}{several}", figures)
+    if length is not None and not length_bin.holds(length):
+        console.print(
+            f"note: {length:,} keys are beyond what these thresholds were measured for: {bin_name(length_bin)}"
+        )
     if (profile.method.block_size, profile.method.pattern) != (BLOCK_SIZE, "antidiagonal"):
         console.print(
             f"note: these hold for block {profile.method.block_size} and {profile.method.pattern}, which a table does not "
             f"say; the public implementation takes block {BLOCK_SIZE} and antidiagonal",
             soft_wrap=True,
         )
-    return {**figures, "table": name, "point": chosen.name, "profile_sha256": profile.content_sha256}
+    return {
+        **figures,
+        "table": name,
+        "point": chosen.name,
+        "length_bin": length_bin.model_dump(),
+        "profile_sha256": profile.content_sha256,
+    }
 
 
 def _to_config(

@@ -1,14 +1,15 @@
 """Options that several commands share, and what they are turned into."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from xcalib.cli.output import console, quiet_libraries, status
-from xcalib.collect import CollectSettings
-from xcalib.data import DEFAULT_SPECS, SampleSet, Split, load_samples
-from xcalib.errors import DataError
+from xcalib.collect import CollectSettings, Curves, measured_length
+from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, parse_lengths
+from xcalib.errors import CurvesError, DataError
 from xcalib.kernels import api as kernels
 from xcalib.kernels.api import BLOCK_SIZES, STRIDES
 from xcalib.models.loading import LoadedModel, load_model
@@ -22,7 +23,15 @@ DATA_HELP = (
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Data = Annotated[list[str] | None, typer.Option("--data", "-d", metavar="SPEC", help=DATA_HELP)]
 NumSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
-MaxLength = Annotated[int, typer.Option(min=64, help="Tokens of the longest sample.")]
+MaxLength = Annotated[int | None, typer.Option(min=64, help="Tokens of the longest sample; default 2048.")]
+Lengths = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TOKENS,...",
+        help="Several lengths instead of --max-length, as 1k,2k,4k (k is 1,024): --num-samples of each, and thresholds of their "
+        "own for each.",
+    ),
+]
 MinLength = Annotated[
     int | None, typer.Option(min=1, help="Tokens of the shortest sample; default: all have --max-length.")
 ]
@@ -37,6 +46,7 @@ RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run finished.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
+DEFAULT_LENGTH = 2048  # tokens of a sample
 SIZES = {"stride": STRIDES, "block-size": BLOCK_SIZES}
 
 
@@ -56,6 +66,15 @@ def open_model(name: str, device: str | None, dtype: str, trust_remote_code: boo
         return load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
+def check_positions(loaded: LoadedModel, length: int) -> None:
+    """Raise DataError if the model has fewer positions than samples of ``length`` tokens need."""
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise DataError(
+            f"samples of {length:,} tokens are asked for, but {loaded.name} has {limit} positions: choose at most {limit}"
+        )
+
+
 def read_samples(
     specs: list[str] | None,
     loaded: LoadedModel,
@@ -68,11 +87,7 @@ def read_samples(
     exclude: tuple[str, ...] = (),
 ) -> SampleSet:
     """Samples of the given or default data; what was dropped is said on stderr."""
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
-        raise DataError(
-            f"--max-length is {max_length}, but {loaded.name} has {limit} positions: choose at most {limit}"
-        )
+    check_positions(loaded, max_length)
     arguments: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length, "min_length": min_length}
     with status(f"Reading {split} data"):
         samples = load_samples(
@@ -86,6 +101,51 @@ def read_samples(
     for reason, count in samples.dropped.items():
         console.print(f"dropped {count}: {reason}", markup=False)
     return samples
+
+
+def chosen_lengths(
+    lengths: str | None, max_length: int | None, min_length: int | None, default: Sequence[int] = (DEFAULT_LENGTH,)
+) -> tuple[int, ...]:
+    """Lengths of samples in tokens, ascending: those of --lengths, or the one of --max-length, or the default ones.
+
+    Raises:
+        DataError: --lengths is malformed.
+    """
+    if lengths is None:
+        return tuple(default) if max_length is None else (max_length,)
+    for option, value in (("--max-length", max_length), ("--min-length", min_length)):
+        if value is not None:
+            raise typer.BadParameter(
+                f"is given together with {option}: --lengths alone says how long samples are", param_hint="--lengths"
+            )
+    return parse_lengths(lengths)
+
+
+def lengths_of_curves(measured: Sequence[Curves], asked: tuple[int, ...], *, given: bool) -> tuple[int, ...]:
+    """Lengths of the samples that go with measured curves: those of several, and for one the length asked for.
+
+    Raises:
+        CurvesError: other lengths were ``given``.
+    """
+    found = tuple(measured_length(curves) for curves in measured)
+    if len(found) == 1 and len(asked) == 1:
+        return asked
+    if given and asked != found:
+        has = ",".join(map(str, found))
+        raise CurvesError(f"the curves are of {has} tokens: leave --lengths and --max-length out, or collect others")
+    return found
+
+
+def read_sets(
+    specs: list[str] | None, loaded: LoadedModel, lengths: Sequence[int], **how: Any
+) -> tuple[SampleSet, ...]:
+    """One set of samples for each length; the arguments are those of :func:`read_samples`."""
+    if len(lengths) == 1:
+        return (read_samples(specs, loaded, max_length=lengths[0], **how),)
+    if how.get("min_length") is not None:
+        raise typer.BadParameter("goes with one length: with several, samples have these", param_hint="--min-length")
+    check_positions(loaded, lengths[-1])
+    return length_sets(lengths, lambda length: read_samples(specs, loaded, max_length=length, **how))
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:

@@ -8,8 +8,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from xcalib.cli.by_length import bin_name, point_by_length
 from xcalib.cli.output import interval_labels
-from xcalib.profile import LengthBin, OperatingPoint, Profile
+from xcalib.profile import OperatingPoint, Profile
 
 __all__ = ["render_profile", "unverified_points"]
 
@@ -36,9 +37,12 @@ def render_profile(profile: Profile, console: Console, point: str | None = None)
         searched = f"by {listed.method}, least {listed.objective}"
         how = "imported" if listed.method == "imported" else searched
         console.print(Text(f"{listed.name}: {listed.target} {how}{_VERIFIED[listed.verified]}"))
+    if len(profile.length_bins) > 1:
+        console.print()
+        console.print(point_by_length(profile))
     for length_bin, rows in zip(profile.length_bins, shown.thresholds, strict=True):
         console.print()
-        console.print(Text(f"{shown.name}: thresholds for {_bin_name(length_bin)}", style="bold"))
+        console.print(Text(f"{shown.name}: thresholds for {bin_name(length_bin)}", style="bold"))
         _print_heatmap(console, rows)
         console.print()
         _print_histogram(console, rows, profile.dense_layers)
@@ -48,13 +52,15 @@ def _summary(profile: Profile) -> Table:
     model, method, calibration = profile.model, profile.method, profile.calibration
     commit = f" @ {model.commit[:12]}" if model.commit else ""
     lengths = f"{calibration.min_length:,} to {calibration.max_length:,} tokens"
+    if calibration.lengths is not None and len(calibration.lengths) > 1:
+        lengths = f"{', '.join(f'{length:,}' for length in calibration.lengths)} tokens"
     dense = ", ".join(str(layer) for layer in profile.dense_layers) or "none"
     lines = {
         "model": f"{model.name}{commit}",
         "shape": f"{model.model_type}, {model.layers} layers, {model.query_heads} query / {model.kv_heads} KV heads, "
         f"head_dim {model.head_dim}",
         "method": f"{method.pattern}, stride {method.stride}, block {method.block_size}",
-        "lengths": "; ".join(_bin_name(length_bin) for length_bin in profile.length_bins),
+        "lengths": _lengths(profile),
         "dense layers": dense,
         "calibration": f"{calibration.samples} samples of {lengths}, seed {calibration.seed}",
         "sources": ", ".join(calibration.sources) or "none",
@@ -69,10 +75,10 @@ def _summary(profile: Profile) -> Table:
     return grid
 
 
-def _bin_name(length_bin: LengthBin) -> str:
-    if length_bin.max_length is None:
-        return f"{length_bin.min_length:,} keys and more"
-    return f"{length_bin.min_length:,} to {length_bin.max_length - 1:,} keys"
+def _lengths(profile: Profile) -> str:
+    last = profile.length_bins[-1].max_length
+    beyond = "" if last is None else f"; beyond {last - 1:,} as in the last, counted as extrapolated"
+    return "; ".join(bin_name(length_bin) for length_bin in profile.length_bins) + beyond
 
 
 def _points_table(profile: Profile) -> Table:

@@ -129,6 +129,21 @@ def _measures(a: OperatingPoint, b: OperatingPoint) -> Iterator[tuple[str, float
     for kind in ("predicted", "heldout"):
         for what in ("density", "kl"):
             yield f"{kind} {what}", getattr(getattr(a, kind), what, None), getattr(getattr(b, kind), what, None)
+        before, after = ({_span(part): part for part in _by_length(point, kind)} for point in (a, b))
+        for span in before:
+            if span in after:  # bins of other ends hold other samples
+                for what in ("density", "kl"):
+                    yield f"{kind} {what}, {span}", getattr(before[span], what), getattr(after[span], what)
+
+
+def _by_length(point: OperatingPoint, kind: str) -> tuple[Any, ...]:
+    return getattr(getattr(point, kind), "by_length", None) or ()
+
+
+def _span(part: Any) -> str:
+    return f"{part.min_length:,} " + (
+        "keys and more" if part.max_length is None else f"to {part.max_length - 1:,} keys"
+    )
 
 
 def _settings(first: Profile, second: Profile) -> Iterator[tuple[str, Any, Any]]:

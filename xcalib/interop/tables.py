@@ -175,9 +175,10 @@ def _stride(table: Table, stride: int | None) -> int:
 
 
 def bin_for_length(profile: Profile, length: int | None = None) -> int:
-    """Index of the length bin that serves ``length`` keys (in tokens); None will do where there is one bin only.
+    """Index of the length bin that serves ``length`` keys (in tokens), beyond the last one's end as the runtime does: the last.
 
-    Raises ProfileError where several bins are left to choose from, or none serves that length.
+    None will do where there is one bin only. Raises ProfileError where several are left to choose from, or where attention is
+    dense at that length.
     """
     bins = profile.length_bins
     spans = ", ".join(f"{b.min_length}-{'' if b.max_length is None else b.max_length - 1}" for b in bins)
@@ -186,9 +187,11 @@ def bin_for_length(profile: Profile, length: int | None = None) -> int:
             raise ProfileError(f"a table holds one length bin, the profile has {len(bins)}: give --length, of {spans}")
         return 0
     for index, length_bin in enumerate(bins):
-        if length_bin.min_length <= length and (length_bin.max_length is None or length < length_bin.max_length):
+        if length_bin.holds(length):
             return index
-    raise ProfileError(f"no length bin serves {length} keys; the profile has: {spans}")
+    if length < bins[0].min_length:
+        raise ProfileError(f"no length bin serves {length} keys; the profile has: {spans}")
+    return len(bins) - 1
 
 
 def table_name(profile: Profile) -> str:

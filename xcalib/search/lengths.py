@@ -11,7 +11,7 @@ import numpy as np
 
 from xcalib.collect import Curves, measured_length
 from xcalib.collect.lengths import check_same
-from xcalib.data import SampleSet, boundary
+from xcalib.data import SampleSet, boundary, pooled
 from xcalib.errors import CurvesError, TargetError
 from xcalib.profile import Bound, LengthBin, LengthPrediction, Prediction
 from xcalib.search.plan import Planned
@@ -20,6 +20,7 @@ from xcalib.search.targets import Target
 __all__ = [
     "as_sets",
     "at_length",
+    "calibration_documents",
     "length_bins",
     "pooled_calibration",
     "pooled_prediction",
@@ -37,6 +38,13 @@ def as_sets(curves: Curves | Sequence[Curves]) -> tuple[Curves, ...]:
     return sets
 
 
+def calibration_documents(sets: Sequence[SampleSet], measured: Sequence[Curves] | None) -> frozenset[str]:
+    """What held-out samples must not share: documents of the calibration at any length, of the curves where there are some."""
+    if measured is None:
+        return pooled(sets).documents
+    return frozenset(digest for curves in measured for digest in curves.calibration["documents"])
+
+
 def length_bins(sets: Sequence[Curves]) -> tuple[LengthBin, ...]:
     """One bin for each measured length.
 
@@ -51,14 +59,14 @@ def length_bins(sets: Sequence[Curves]) -> tuple[LengthBin, ...]:
 
 
 @contextmanager
-def at_length(curves: Curves, count: int) -> Iterator[None]:
+def at_length(curves: Curves, target: Target, count: int) -> Iterator[None]:
     """A target that cannot be reached at one of ``count`` lengths is said to be out of reach there."""
     try:
         yield
     except TargetError as error:
         if count == 1:
             raise
-        raise TargetError(f"at {measured_length(curves):,} tokens: {error}") from error
+        raise TargetError(f"point {target.name}, at {measured_length(curves):,} tokens: {error}") from error
 
 
 def refuse_unreachable(targets: Sequence[Target], sets: Sequence[SampleSet], block_size: int) -> None:
@@ -70,9 +78,9 @@ def refuse_unreachable(targets: Sequence[Target], sets: Sequence[SampleSet], blo
         for target in targets:
             asked = {"density": target.value, "speedup": 1 / max(target.value, 1e-9)}.get(target.kind, 1.0)
             if asked < least:
-                others = "; a kl target suits several lengths better (--target kl=0.02)" if len(sets) > 1 else ""
+                others = ", or a kl target, which every length can meet" if len(sets) > 1 else ""
                 raise TargetError(
-                    f"point {target.name}, target {target}, is out of reach at {samples.length:,} tokens: the blocks that are "
+                    f"point {target.name}, at {samples.length:,} tokens: target {target} is out of reach: the blocks that are "
                     f"always kept are already {least:.3f} of all; choose a higher density, longer samples or smaller "
                     f"blocks{others}"
                 )

@@ -28,6 +28,7 @@ from xcalib.search.gate import enforce
 from xcalib.search.lengths import (
     as_sets,
     at_length,
+    calibration_documents,
     length_bins,
     pooled_calibration,
     pooled_prediction,
@@ -116,7 +117,7 @@ def search(
     sets, heldout = _samples(data, heldout, tokenizer, amount)
     measured = None if curves is None else as_sets(curves)
     if heldout is not None:
-        refuse_overlap(_documents(sets, measured), heldout)
+        refuse_overlap(calibration_documents(sets, measured), heldout)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(folder if folder is not None else temporary)
         if measured is None:
@@ -177,13 +178,6 @@ def _samples(
     return calibration, heldout
 
 
-def _documents(sets: Sequence[SampleSet], measured: Sequence[Curves] | None) -> set[str]:
-    """What held-out data must not share: the documents of the calibration, over all lengths."""
-    if measured is None:
-        return set(pooled(sets).documents)
-    return {digest for curves in measured for digest in curves.calibration["documents"]}
-
-
 def _evidence_identity(profile: Profile, heldout: SampleSet) -> dict[str, Any]:
     points = [(point.name, point.thresholds) for point in profile.points]
     bins = [part.model_dump() for part in profile.length_bins]
@@ -217,7 +211,7 @@ def build_profile(
     for target in targets:
         planned = []
         for table, drop in zip(tables, drops, strict=True):
-            with at_length(table.curves, len(sets)):
+            with at_length(table.curves, target, len(sets)):
                 planned.append(
                     plan_point(table, target, method=method, start_threshold=start_threshold, accuracy_drop=drop)
                 )
