@@ -8,10 +8,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from xcalib.cli.output import console, print_json
+from xcalib.cli.output import console, interval_labels, print_json
 from xcalib.collect import Curves, measured_length
 from xcalib.evaluation import Evaluation, LengthResult
-from xcalib.evaluation.bootstrap import Interval
 from xcalib.profile import LengthBin, LengthEvidence, OperatingPoint, Profile
 
 __all__ = ["bin_name", "evaluation_by_length", "point_by_length", "report_curves"]
@@ -34,14 +33,14 @@ def point_by_length(profile: Profile) -> Table:
     table.add_column("point", overflow="fold")
     table.add_column("keys", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for column in ("density", "KL", "KL interval", "samples"):
+    for column in ("density", "KL", "interval"):
         table.add_column(column, justify="right", no_wrap=True)
     for point in profile.points:
         for index, length_bin in enumerate(profile.length_bins):
             expected, measured = _cells(point, length_bin)
             span = _span(length_bin.min_length, length_bin.max_length)
             table.add_row(Text(point.name if index == 0 else ""), span, "predicted", *expected)
-            table.add_row("", "", "held-out", *measured)
+            table.add_row("", "", *measured)
     return table
 
 
@@ -50,22 +49,18 @@ def _cells(point: OperatingPoint, length_bin: LengthBin) -> tuple[list[str], lis
     predicted = (point.predicted and point.predicted.by_length) or ()
     measured = (point.heldout and point.heldout.by_length) or ()
     expected = [
-        [f"{part.density:.3f}", f"{part.kl:.4g}", "", ""]
+        [f"{part.density:.3f}", f"{part.kl:.3g}", ""]
         for part in predicted
         if (part.min_length, part.max_length) == ends
     ]
     found = [_measured(part) for part in measured if (part.min_length, part.max_length) == ends]
-    nothing = ["-", "-", "", ""]
-    return [*expected, nothing][0], [*found, nothing][0]
+    return [*expected, ["-", "-", ""]][0], [*found, ["held-out", "-", "-", ""]][0]
 
 
 def _measured(part: LengthEvidence) -> list[str]:
     kl = None if part.intervals is None else part.intervals.kl
-    return [f"{part.density:.3f}", f"{part.kl:.4g}", _ends(kl), str(part.samples)]
-
-
-def _ends(interval: Interval | None) -> str:
-    return "-" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
+    interval = "-" if kl is None else f"{kl[0]:.3g} to {kl[1]:.3g}"
+    return [f"held-out ({part.samples})", f"{part.density:.3f}", f"{part.kl:.3g}", interval]
 
 
 def evaluation_by_length(evaluation: Evaluation) -> Table:
@@ -73,32 +68,41 @@ def evaluation_by_length(evaluation: Evaluation) -> Table:
     table = Table(title="by length", title_justify="left", caption_justify="left")
     table.add_column("tokens", no_wrap=True)
     table.add_column("attention")
-    table.add_column("samples", justify="right")
-    for column in ("density", "KL mean", f"{evaluation.confidence:.0%} interval", "accuracy", "prefill s", "bin"):
+    for column in ("density", "KL mean", "accuracy", "prefill s"):
         table.add_column(column, justify="right")
     for part in evaluation.by_length:
-        span = (
-            f"{part.min_tokens:,}"
-            if part.min_tokens == part.max_tokens
-            else _span(part.min_tokens, part.max_tokens + 1)
-        )
-        dense = part.dense
-        table.add_row(
-            span, "dense", str(part.samples), "100.0%", "0", "", _percent(dense.accuracy), f"{dense.seconds:.1f}", ""
-        )
-        for plan in part.plans:
-            table.add_row(
-                "", plan.name, "", f"{plan.density:.1%}", f"{plan.kl:.4f}", _ends(plan.kl_interval),
-                _percent(plan.accuracy), f"{plan.seconds:.1f}", _served(part),
-            )  # fmt: skip
-    table.caption = "bin: key lengths that the thresholds were made for; + beyond the last (extrapolated)"
+        rows, labels = _rows(part, evaluation), _labels(part)
+        rows += [[""] * 5] * (len(labels) - len(rows))
+        for index, row in enumerate(rows):
+            label = labels[index] if index < len(labels) else ""
+            table.add_row(label, *row, end_section=index == len(rows) - 1)
+    table.caption = "bin: key lengths that the thresholds were made for; + longer than the last one (extrapolated)"
     return table
 
 
-def _served(part: LengthResult) -> str:
+def _rows(part: LengthResult, evaluation: Evaluation) -> list[list[str]]:
+    rows = [["dense", "100.0%", "0", _percent(part.dense.accuracy), f"{part.dense.seconds:.1f}"]]
+    for plan in part.plans:
+        figures = [f"{plan.density:.1%}", f"{plan.kl:.4f}", _percent(plan.accuracy), f"{plan.seconds:.1f}"]
+        rows.append([plan.name, *figures])
+        if plan.kl_interval is None:
+            continue
+        for end, label in enumerate(interval_labels(evaluation.confidence)):
+            accuracy = "" if plan.accuracy_interval is None else _percent(plan.accuracy_interval[end])
+            rows.append([label, "", f"{plan.kl_interval[end]:.4f}", accuracy, ""])
+    return rows
+
+
+def _labels(part: LengthResult) -> list[str]:
+    tokens = (
+        f"{part.min_tokens:,}" if part.min_tokens == part.max_tokens else _span(part.min_tokens, part.max_tokens + 1)
+    )
+    labels = [tokens, f"{part.samples} sample{'s' if part.samples != 1 else ''}"]
     if part.length_bin is None:
-        return "none (dense)"
-    return _span(*part.length_bin) + (" +" if part.extrapolated else "")
+        return [*labels, "no bin (dense)"]
+    if part.length_bin == (0, None):  # single taus without a profile
+        return labels
+    return [*labels, f"bin {_span(*part.length_bin)}{' +' if part.extrapolated else ''}"]
 
 
 def _percent(value: float | None) -> str:

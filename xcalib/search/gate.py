@@ -95,11 +95,12 @@ def judge(point: OperatingPoint) -> Verdict:
     if figure is None:
         reason = "no held-out sample asks a question that the dense model answers"
         return Verdict(point.name, "unmeasured", f"{said}: not verified: {reason}")
-    found = [(figure.outcome, f"{said} {_told(figure)}"), *_in_bins(target, point, said)]
-    outcome = max((one for one, _ in found), key=_SEVERITY.index)
-    # A miss or a doubt in one bin only is said of that bin; else all lengths together say it.
-    texts = [text for one, text in found if one == outcome]
-    return Verdict(point.name, outcome, texts[0] if found[0][0] == outcome else "; ".join(texts))
+    parts = list(_in_bins(target, point))
+    outcome = max([figure.outcome, *(one for one, _ in parts)], key=_SEVERITY.index)
+    texts = [text for one, text in parts if one == outcome]
+    if figure.outcome == outcome:  # bins are named where they differ
+        texts = [_told(figure), *(texts if outcome != "met" and len(texts) < len(parts) else [])]
+    return Verdict(point.name, outcome, f"{said} {'; '.join(texts)}")
 
 
 def _told(figure: _Figure, where: str = "", *, too_few: bool = False) -> str:
@@ -115,7 +116,7 @@ def _told(figure: _Figure, where: str = "", *, too_few: bool = False) -> str:
     return text
 
 
-def _in_bins(target: Target, point: OperatingPoint, said: str) -> Iterator[tuple[Outcome, str]]:
+def _in_bins(target: Target, point: OperatingPoint) -> Iterator[tuple[Outcome, str]]:
     """Outcome and text of each length bin, where the evidence parts them."""
     if point.heldout is None or point.heldout.by_length is None:
         return
@@ -127,11 +128,11 @@ def _in_bins(target: Target, point: OperatingPoint, said: str) -> Iterator[tuple
         figure = None if evidence is None else _figure(target, evidence)
         if figure is None:
             lacking = "is that long" if evidence is None else "there asks a question that the dense model answers"
-            yield "uncertain", f"{said} not refuted on held-out data{where}: no sample {lacking}"
+            yield "uncertain", f"not refuted on held-out data{where}: no sample {lacking}"
         elif figure.outcome == "missed" and figure.sampled and figure.interval is None:
-            yield "uncertain", f"{said} {_told(figure, where, too_few=True)}"
+            yield "uncertain", _told(figure, where, too_few=True)
         else:
-            yield figure.outcome, f"{said} {_told(figure, where)}"
+            yield figure.outcome, _told(figure, where)
 
 
 def _keys(part: LengthBin) -> str:
