@@ -225,7 +225,7 @@ def test_show(copied: Path, run: Run) -> None:
         "fast",
         "predicted",
         "held-out",
-        "fast: thresholds for 256 keys and more",
+        "fast: thresholds for 256 to 448 keys",
     ):
         assert part in result.out
     assert max(len(line) for line in result.out.splitlines()) <= 80
