@@ -149,6 +149,8 @@ def test_samples_are_drawn_for_each_length(tiny_folder: Path) -> None:
 
     small, large = length_sets([600, 200], read)
     assert [len(sample.tokens) for one in (small, large) for sample in one.samples] == [200, 200, 600, 600]
+    with pytest.raises(DataError, match="there are no samples"):
+        pooled([])
     together = pooled([small, large])
     assert together.samples == (*small.samples, *large.samples)
     assert together.documents == small.documents | large.documents
@@ -380,8 +382,26 @@ def test_specs_give_samples_of_each_length(model: Any, tiny_folder: Path, monkey
     assert [one.length for one in (small, large)] == [256, 512]
     assert held is not None and [len(sample.tokens) for sample in held.samples] == [256, 512]
     assert not held.documents & (small.documents | large.documents)
+    with pytest.raises(TargetError, match="both samples and specs"):
+        profiles._samples(["builtin", small], None, tokenizer, amount)
+    assert profiles._samples([small, large], [small, large], None, amount) == ((small, large), pooled([small, large]))
     with pytest.raises(TargetError, match="min_length goes with max_length"):
         profiles._samples(["builtin"], None, tokenizer, dataclasses.replace(amount, min_length=64))
+
+
+def test_specs_follow_curves_of_several_lengths(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    amount = CalibrationData(num_samples=1, heldout_samples=1)
+    asked: dict[str, Any] = {"target": "a:kl=5", "tokenizer": tokenizer, "settings": SETTINGS, "folder": tmp_path}
+    lengths = dataclasses.replace(amount, lengths=(512, 256))
+    first = xcalib.search(model, "builtin:prose", amount=lengths, **asked)
+    again = xcalib.search(model, "builtin:prose", amount=amount, curves=load_curve_sets(tmp_path / "curves"), **asked)
+    assert again == first
+    assert first.calibration.lengths == (256, 512)
+    assert first.points[0].heldout is not None and first.points[0].heldout.tokens == 768
 
 
 # --- the gate

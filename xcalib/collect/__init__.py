@@ -12,8 +12,7 @@ from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, load_cu
 from xcalib.collect.job import Job
 from xcalib.collect.lengths import labelled, load_curve_sets, measured_length, open_index, write_index
 from xcalib.collect.units import Units
-from xcalib.data import SampleSet, check_lengths
-from xcalib.errors import DataError
+from xcalib.data import SampleSet, check_sets
 from xcalib.models.structure import describe_model
 from xcalib.progress import Progress, silent
 
@@ -95,15 +94,14 @@ def collect_lengths(
 
     Raises:
         CurvesError: the folder cannot be used, or holds other lengths.
-        DataError: the sets are not in ascending order, or one is shorter than 64 tokens.
+        DataError: as :func:`xcalib.data.check_sets`.
         ModelError: the model cannot be measured, or its activations are not finite.
     """
     options: dict[str, Any] = {"settings": settings, "name": name, "resume": resume}
     if len(sets) == 1:
         return (collect(model, sets[0], folder, progress=progress, **options),)
+    check_sets(sets)
     lengths = [samples.length for samples in sets]
-    if list(check_lengths(lengths)) != lengths:
-        raise DataError(f"sets of samples must be in ascending order of length, got {lengths}")
     root = open_index(folder, lengths, resume=resume)
     curves = tuple(
         collect(model, samples, root / str(length), progress=labelled(progress, length), **options)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from xcalib.data._documents import Drops, choose
 from xcalib.data._encode import Encoder, Tokenizer
-from xcalib.data._lengths import SHORTEST, boundary, check_lengths, length_sets, parse_lengths, pooled
+from xcalib.data._lengths import SHORTEST, boundary, check_lengths, check_sets, length_sets, parse_lengths, pooled
 from xcalib.data._plugins import function_samples, hub_samples
 from xcalib.data._ruler import TASKS, check_tasks, ruler_samples
 from xcalib.data._sample import DIGEST_CHARS, Sample, SampleSet, score
@@ -30,6 +30,7 @@ __all__ = [
     "boundary",
     "categories",
     "check_lengths",
+    "check_sets",
     "length_sets",
     "load_samples",
     "parse_lengths",

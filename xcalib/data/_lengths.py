@@ -4,11 +4,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from xcalib.data._sample import SampleSet
 from xcalib.errors import DataError
 
-__all__ = ["MOST", "SHORTEST", "boundary", "check_lengths", "length_sets", "parse_lengths", "pooled"]
+__all__ = ["MOST", "SHORTEST", "boundary", "check_lengths", "check_sets", "length_sets", "parse_lengths", "pooled"]
 
 SHORTEST = 64  # tokens: one block of the smaller kind
 MOST = 64  # lengths: a profile holds no more bins
@@ -60,24 +61,36 @@ def length_sets(lengths: Sequence[int], read: Callable[[int], SampleSet]) -> tup
     """One set of samples for each length, by ``read(length)``.
 
     Raises:
-        DataError: a sample is so short that a shorter length's thresholds would serve it.
+        DataError: as :func:`check_lengths` and :func:`check_sets`.
     """
-    ordered = check_lengths(lengths)
-    sets = tuple(read(length) for length in ordered)
-    for index in range(1, len(ordered)):
-        least = boundary(ordered[index - 1], ordered[index])
-        for sample in sets[index].samples:
-            if len(sample.tokens) < least:
-                raise DataError(
-                    f"{sample.source}: a sample of {len(sample.tokens):,} tokens among those of {ordered[index]:,}, where "
-                    f"those below {least:,} belong to {ordered[index - 1]:,}: give data with longer prompts, or lengths "
-                    "that are further apart"
-                )
+    sets = tuple(read(length) for length in check_lengths(lengths))
+    check_sets(sets)
     return sets
 
 
+def check_sets(sets: Sequence[SampleSet]) -> None:
+    """Check sets of samples of several lengths.
+
+    Raises:
+        DataError: they are not in ascending order, or a sample is so short that a shorter length's thresholds would serve it.
+    """
+    lengths = [one.length for one in sets]
+    if list(check_lengths(lengths)) != lengths:
+        raise DataError(f"sets of samples must be in ascending order of length, got {lengths}")
+    for (lower, upper), one in zip(pairwise(lengths), sets[1:], strict=True):
+        least = boundary(lower, upper)
+        for sample in one.samples:
+            if len(sample.tokens) < least:
+                raise DataError(
+                    f"{sample.source}: a sample of {len(sample.tokens):,} tokens among those of {upper:,}, where those below "
+                    f"{least:,} belong to {lower:,}: give data with longer prompts, or lengths that are further apart"
+                )
+
+
 def pooled(sets: Sequence[SampleSet]) -> SampleSet:
-    """All samples of several sets in one, set after set; what was dropped is added up."""
+    """All samples of several sets in one, set after set; what was dropped is added up. DataError where there is no set."""
+    if not sets:
+        raise DataError("there are no samples")
     if len(sets) == 1:
         return sets[0]
     dropped: Counter[str] = Counter()

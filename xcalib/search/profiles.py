@@ -7,7 +7,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xcalib.collect import CollectSettings, Curves, collect_lengths
+from xcalib.collect import CollectSettings, Curves, collect_lengths, measured_length
 from xcalib.collect.units import Units
 from xcalib.data import DEFAULT_SPECS, Sample, SampleSet, Split, length_sets, load_samples, pooled
 from xcalib.errors import TargetError
@@ -73,7 +73,7 @@ def search(
     *,
     target: str | Sequence[str] = (),
     tokenizer: Any = None,
-    heldout: SampleSet | None = None,
+    heldout: SampleSet | Sequence[SampleSet] | None = None,
     amount: CalibrationData = DEFAULT_CALIBRATION,
     method: SearchMethod = "knapsack",
     objective: Objective = "tempered",
@@ -96,8 +96,8 @@ def search(
         target: ``"density=0.25"``, ``"kl=0.01"``, ``"drop=1%"``, ``"speedup=4"``, several with names (``"fast:density=0.15"``);
             default three points at densities 0.45, 0.33 and 0.22.
         tokenizer: of the model.
-        heldout: samples for the evidence; none with ``data`` given as samples means no evidence, and unverified points.
-        amount: how much data to take from specs.
+        heldout: samples for the evidence, of all lengths; none with ``data`` given as samples means no evidence, and unverified points.
+        amount: how much data to take from specs, and of which lengths; default those of several ``curves``.
         method: ``knapsack`` or ``paper``.
         objective: ``tempered`` ((layer gain x output error)^0.75), ``gain`` (without the power) or ``plain`` (output error).
         start_threshold: of the paper's method.
@@ -114,8 +114,10 @@ def search(
         XcalibError: what is wrong, where, and what to do, in one line.
     """
     targets = parse_targets([target] if isinstance(target, str) else list(target))
-    sets, heldout = _samples(data, heldout, tokenizer, amount)
     measured = None if curves is None else as_sets(curves)
+    if measured is not None and len(measured) > 1 and not amount.lengths:
+        amount = replace(amount, lengths=tuple(measured_length(one) for one in measured))
+    sets, heldout = _samples(data, heldout, tokenizer, amount)
     if heldout is not None:
         refuse_overlap(calibration_documents(sets, measured), heldout)
     with tempfile.TemporaryDirectory() as temporary:
@@ -147,17 +149,20 @@ def search(
 
 def _samples(
     data: SampleSet | Sequence[SampleSet] | str | Sequence[str],
-    heldout: SampleSet | None,
+    heldout: SampleSet | Sequence[SampleSet] | None,
     tokenizer: Any,
     amount: CalibrationData,
 ) -> tuple[tuple[SampleSet, ...], SampleSet | None]:
     """Calibration samples by length, and all held-out samples together."""
-    if isinstance(data, SampleSet):
-        return (data,), heldout
-    sets = [item for item in data if isinstance(item, SampleSet)]
+    if heldout is not None and not isinstance(heldout, SampleSet):
+        heldout = pooled(heldout)
+    given = [data] if isinstance(data, SampleSet | str) else list(data)
+    sets = tuple(item for item in given if isinstance(item, SampleSet))
+    specs = [item for item in given if isinstance(item, str)]
+    if sets and specs:
+        raise TargetError("data has both samples and specs: give one kind")
     if sets:
-        return tuple(sets), heldout
-    specs = [data] if isinstance(data, str) else [str(item) for item in data]
+        return sets, heldout
     if tokenizer is None:
         raise TargetError("data is given as specs: pass tokenizer= to read them, or pass a SampleSet")
     if amount.lengths and amount.min_length is not None:
