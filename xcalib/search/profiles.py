@@ -96,7 +96,7 @@ def search(
         target: ``"density=0.25"``, ``"kl=0.01"``, ``"drop=1%"``, ``"speedup=4"``, several with names (``"fast:density=0.15"``);
             default three points at densities 0.45, 0.33 and 0.22.
         tokenizer: of the model.
-        heldout: samples for the evidence, of all lengths; none with ``data`` given as samples means no evidence, and unverified points.
+        heldout: samples for the evidence; none with ``data`` given as samples means no evidence, and unverified points.
         amount: how much data to take from specs, and of which lengths; default those of several ``curves``.
         method: ``knapsack`` or ``paper``.
         objective: ``tempered`` ((layer gain x output error)^0.75), ``gain`` (without the power) or ``plain`` (output error).
