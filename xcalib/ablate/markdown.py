@@ -1,0 +1,82 @@
+"""``python -m xcalib.ablate.markdown DIR`` prints the tables of a folder as Markdown; ``--into PAGE --label NAME`` fills a page.
+
+A page has, for each table, a line ``<!-- ablate NAME TABLE -->`` and after it ``<!-- end -->``: what stands between is replaced.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from xcalib._files import replace_file
+from xcalib.ablate.report import TITLES, check_result, markdown
+from xcalib.ablate.variants import TABLES
+from xcalib.errors import AblationError
+
+__all__ = ["fill", "load_results", "main"]
+
+END = "<!-- end -->"
+
+
+def load_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a folder by name, in the order of the paper.
+
+    Raises:
+        AblationError: there is none, or a file is not a table's results.
+    """
+    found = {}
+    for table in TABLES:
+        path = folder / f"{table}.json"
+        if path.is_file():
+            try:
+                found[table] = check_result(json.loads(path.read_bytes()), str(path))
+            except (OSError, ValueError) as error:
+                raise AblationError(f"{path}: cannot be read: {error}") from error
+    if not found:
+        raise AblationError(f"{folder}: holds no results of 'xcalib ablate' ({', '.join(TABLES)}.json)")
+    return found
+
+
+def fill(page: str, label: str, results: dict[str, dict[str, Any]], where: str) -> str:
+    """The page with each table between its marks.
+
+    Raises:
+        AblationError: a table has no marks in the page.
+    """
+    for table, result in results.items():
+        mark = f"<!-- ablate {label} {table} -->"
+        before, found, rest = page.partition(mark)
+        _, closed, after = rest.partition(END)
+        if not found or not closed:
+            raise AblationError(f"{where}: has no '{mark}' with '{END}' after it")
+        page = f"{before}{mark}\n{markdown(result)}{END}{after}"
+    return page
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m xcalib.ablate.markdown", description="Tables of a folder as Markdown."
+    )
+    parser.add_argument("folder", type=Path, help="--out of 'xcalib ablate'")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="replace what stands between this page's marks")
+    parser.add_argument("--label", metavar="NAME", help="which marks, as in <!-- ablate NAME pattern -->")
+    chosen = parser.parse_args(arguments)
+    if (chosen.into is None) != (chosen.label is None):
+        parser.error("--into and --label go together")
+    try:
+        results = load_results(chosen.folder)
+        if chosen.into is None:
+            sys.stdout.write("\n".join(markdown(one, f"## {TITLES[table]}") for table, one in results.items()))
+        else:
+            page = fill(chosen.into.read_text("utf-8"), chosen.label, results, str(chosen.into))
+            replace_file(chosen.into, page.encode())
+    except (AblationError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except (LookupError, TypeError) as error:  # JSON that only looks like ours
+        raise SystemExit(f"error: {chosen.folder}: a result is incomplete ({type(error).__name__}: {error})") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Whether our figures have the order that the paper claims, in plain sentences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xcalib.ablate.equal import AtDensity, interval_of
+from xcalib.ablate.paper import PAPER
+from xcalib.ablate.variants import Variant
+from xcalib.evaluation.bootstrap import CONFIDENCE
+
+__all__ = ["judge_orders", "sentences"]
+
+Record = dict[str, Any]
+
+
+def judge_orders(
+    table: str, variants: Sequence[Variant], found: Mapping[str, AtDensity], density: float
+) -> list[Record]:
+    """One record for each pair that the paper orders (a gap of a point or more) and that was measured at this density.
+
+    ``verdict`` (of the KL) and ``accuracy_verdict`` are ``agrees`` or ``disagrees`` where the interval leaves the other side out,
+    ``open`` where it does not, and None where there is nothing to judge by.
+    """
+    records = []
+    groups = dict.fromkeys(variant.group for variant in variants)
+    for group in groups:
+        named = {v.figure: v.name for v in variants if v.group == group and v.figure and v.name in found}
+        for better, worse, gap in PAPER[table].claims():
+            if better in named and worse in named:
+                pair = (named[better], named[worse])
+                records.append({"density": density, "group": group, "paper_points": gap} | _pair(pair, found))
+    return records
+
+
+def _pair(pair: tuple[str, str], found: Mapping[str, AtDensity]) -> Record:
+    first, second = found[pair[0]], found[pair[1]]
+    ratio = interval_of(np.exp(first.log_kl_draws - second.log_kl_draws))
+    gained = interval_of(first.accuracy_draws - second.accuracy_draws)
+    verdict = None if ratio is None else _side(ratio[0] > 1, ratio[1] < 1)
+    difference = None
+    if first.accuracy is not None and second.accuracy is not None:
+        difference = first.accuracy - second.accuracy
+    return {
+        "better": pair[0],
+        "worse": pair[1],
+        "kl_ratio": first.kl / second.kl,
+        "kl_ratio_interval": ratio,
+        "verdict": verdict,
+        "accuracy_difference": difference,
+        "accuracy_difference_interval": gained,
+        "accuracy_verdict": None if gained is None else _side(gained[1] < 0, gained[0] > 0),
+    }
+
+
+def _side(against: bool, agrees: bool) -> str:
+    return "disagrees" if against else "agrees" if agrees else "open"
+
+
+def sentences(orders: Sequence[Record], samples: int, asking: int) -> list[str]:
+    """A headline, one line for every order, and one on accuracy."""
+    if not orders:
+        return ["The paper orders no two of the variants that could be compared at equal density."]
+    if samples < 2:
+        return ["Nothing is said about the paper's order: one sample gives no interval; take more --heldout-samples."]
+    lines = [_headline([order["verdict"] for order in orders]), *(_line(order) for order in orders)]
+    if asking:
+        lines.append(_accuracy([order["accuracy_verdict"] for order in orders], asking))
+    return lines
+
+
+def _headline(verdicts: list[str]) -> str:
+    agreed, against, unsure = (verdicts.count(word) for word in ("agrees", "disagrees", "open"))
+    counts = (
+        f"{agreed} of {len(verdicts)} orders confirmed, {against} contradicted, {unsure} not decided by these samples"
+    )
+    if against:
+        return f"DISAGREES with the paper, by KL at equal density: {counts}."
+    if agreed == len(verdicts):
+        return f"Agrees with the paper, by KL at equal density: {counts}."
+    if agreed:
+        return f"Agrees with the paper in part, by KL at equal density: {counts}."
+    return f"Neither confirms nor contradicts the paper, by KL at equal density: {counts}."
+
+
+def _line(order: Record) -> str:
+    low, high = order["kl_ratio_interval"]
+    better, worse = order["better"], order["worse"]
+    ratio = f"the KL of {better} is {order['kl_ratio']:.2f} times that of {worse} ({CONFIDENCE:.0%}: {low:.2f} to {high:.2f})"
+    claim = f"the paper puts {_kind(better)} {order['paper_points']:.2f} points ahead of {_kind(worse)}"
+    where = f"At density {order['density']:g}"
+    if order["verdict"] == "agrees":
+        return f"{where}, {ratio}; {claim}: agrees."
+    if order["verdict"] == "disagrees":
+        return f"{where}, {ratio}; {claim}: DISAGREES."
+    return f"{where}, {ratio}; {claim}: not decided."
+
+
+def _kind(name: str) -> str:
+    """What the paper's table has: the pattern without the stride."""
+    pattern = name.partition(" S=")[0]
+    return pattern if pattern in PAPER["pattern"].figures else name
+
+
+def _accuracy(verdicts: list[str | None], asking: int) -> str:
+    known = [verdict for verdict in verdicts if verdict is not None]
+    counts = [known.count(word) for word in ("agrees", "disagrees", "open")]
+    text = f"{counts[0]} orders confirmed, {counts[1]} contradicted, {counts[2]} not decided"
+    return f"By task accuracy at equal density ({asking} samples ask something): {text}."
