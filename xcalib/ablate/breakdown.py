@@ -79,7 +79,11 @@ class _Clock:
         self.backend = backends.resolve(None, *tensors)
         length, dim = call.query.shape[2:]
         parts = Parts(self.backend, Geometry(length, call.key.shape[2], self._settings.block_size, True), dim)
-        options = {"is_causal": True, "enable_gqa": call.query.shape[1] != call.key.shape[1], "scale": call.scale}
+        options: Record = {
+            "is_causal": True,
+            "enable_gqa": call.query.shape[1] != call.key.shape[1],
+            "scale": call.scale,
+        }
         dense = self._time(lambda: functional.scaled_dot_product_attention(*tensors, **options), call)
         thresholds = torch.full((call.query.shape[1],), self._settings.tau)
         for stride, spent in self.milliseconds.items():

@@ -84,26 +84,27 @@ class Meter:
         self, index: int, sample: Sample, settings: Sequence[Setting], advance: Callable[[int], None]
     ) -> list[Arrays]:
         """Units of the dense model and of every setting; what is on disk is not measured again."""
-        names = [f"sample-{index:05d}-dense", *(f"sample-{index:05d}-{setting.key}" for setting in settings)]
-        found = [self._units.load(name) for name in names]
-        advance(sum(unit is not None for unit in found))
-        if all(unit is not None for unit in found):
-            return [unit for unit in found if unit is not None]
+        prefix = f"sample-{index:05d}"
+        names = [f"{prefix}-dense", *(f"{prefix}-{setting.key}" for setting in settings)]
+        done = {name: unit for name in names if (unit := self._units.load(name)) is not None}
+        advance(len(done))
+        if len(done) == len(names):
+            return [done[name] for name in names]
         tokens = torch.tensor(sample.tokens, device=next(self._model.parameters()).device)
         asks = bool(sample.answers) and self._tokenizer is not None
         dense = self._head.prefill(tokens, use_cache=asks)
-        if found[0] is None:
-            found[0] = {"accuracy": self._score(dense, sample, asks)}
-            self._units.save(names[0], found[0])
-            advance(1)
         reference = dense.hidden[self._compared].clone()
-        del dense  # its cache
-        for number, setting in enumerate(settings, start=1):
-            if found[number] is None:
-                found[number] = self._measure(index, sample, tokens, setting, reference, asks)
-                self._units.save(names[number], found[number] or {})
-                advance(1)
-        return [unit for unit in found if unit is not None]
+        for name, setting in zip(names, (None, *settings), strict=True):
+            if name in done:
+                continue
+            if setting is None:
+                done[name] = {"accuracy": self._score(dense, sample, asks)}
+                del dense  # its cache
+            else:
+                done[name] = self._measure(index, sample, tokens, setting, reference, asks)
+            self._units.save(name, done[name])
+            advance(1)
+        return [done[name] for name in names]
 
     def _measure(
         self, index: int, sample: Sample, tokens: torch.Tensor, setting: Setting, reference: torch.Tensor, asks: bool

@@ -17,6 +17,7 @@ Record = dict[str, Any]
 # Okabe and Ito: told apart with every kind of colour blindness; a marker of its own for each as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FILLS = ("full", "none", "left", "bottom")  # of the markers, by density
 DOTS_PER_INCH = 150
 
 
@@ -80,26 +81,30 @@ def _curves(axes: "Axes", result: Record, styles: dict[str, dict[str, Any]]) -> 
 
 
 def _ratios(axes: "Axes", result: Record, styles: dict[str, dict[str, Any]]) -> None:
-    """Ours: KL over the baseline's at each density, with intervals."""
+    """Ours: KL over the baseline's at each density, with intervals; a fill for each density."""
     densities = sorted({row["density"] for row in result["equal_density"]})
     names = list(styles)
     for row in result["equal_density"]:
         if row.get("kl_ratio") is None:
             continue
-        place = names.index(row["variant"]) + 0.18 * (densities.index(row["density"]) - (len(densities) - 1) / 2)
+        which = densities.index(row["density"])
+        place = names.index(row["variant"]) + 0.2 * (which - (len(densities) - 1) / 2)
         ratio, ends = row["kl_ratio"], row["kl_ratio_interval"]
-        error = None if ends is None else [[max(0.0, ratio - ends[0])], [max(0.0, ends[1] - ratio)]]
-        style = styles[row["variant"]]
-        axes.errorbar([place], [ratio], yerror=error, capsize=3, **style)
-        axes.annotate(f"{row['density']:g}", (place, ratio), (4, 3), textcoords="offset points", fontsize="x-small")
+        bars = None if ends is None else [[max(0.0, ratio - ends[0])], [max(0.0, ends[1] - ratio)]]
+        axes.errorbar(
+            [place], [ratio], yerr=bars, capsize=3, fillstyle=FILLS[which % len(FILLS)], **styles[row["variant"]]
+        )
+    for which, density in enumerate(densities):
+        axes.plot([], [], "ko", fillstyle=FILLS[which % len(FILLS)], label=f"at density {density:g}")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _position: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _position: f"{value:g}")
+    for which_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which_ticks(lambda value, _position: f"{value:.3g}")
     axes.tick_params(axis="y", which="minor", labelsize="x-small")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set(ylabel="KL / KL of the baseline, at equal density")
-    axes.set_title("ours: below 1 is better; numbers are densities, bars 95 %", fontsize="medium")
+    axes.set_title("ours: below 1 is better; bars hold 95 %", fontsize="medium")
+    axes.legend(fontsize="small")
 
 
 def _scores(axes: "Axes", result: Record, styles: dict[str, dict[str, Any]]) -> None:
@@ -128,7 +133,7 @@ def _scores(axes: "Axes", result: Record, styles: dict[str, dict[str, Any]]) -> 
             )
     if result["dense_accuracy"] is not None:
         axes.axhline(100 * result["dense_accuracy"], color="grey", linestyle="--", linewidth=1, label="our dense model")
-    title = "stars: the paper (Llama-3.1-8B, RULER)" + ("; hollow: ours, as at the left" if asked else "")
+    title = "stars: the paper, Llama-3.1-8B on RULER" + ("\nhollow: our task accuracy, as at the left" if asked else "")
     axes.set(xlabel="density (blocks kept / visible blocks)", ylabel="score (%)")
     axes.set_title(title, fontsize="medium")
     axes.legend(fontsize="small")
@@ -159,7 +164,7 @@ def _shares(axes: "Axes", result: Record) -> None:
     strides = sorted({row["stride"] for row in result["times"]})
     for index, stride in enumerate(strides):
         points = [(row["length"], 100 * row["selection_share"]) for row in result["times"] if row["stride"] == stride]
-        style = {"color": COLOURS[index], "marker": MARKERS[index]}
+        style: Record = {"color": COLOURS[index], "marker": MARKERS[index]}
         axes.plot(*zip(*points, strict=True), label=f"ours, S={stride}", **style)
         if stride in SELECTION_SHARES:
             axes.axhline(

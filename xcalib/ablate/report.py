@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from xcalib.ablate.breakdown import CPU_WARNING
 from xcalib.ablate.record import FORMAT
 from xcalib.ablate.variants import TABLES
 from xcalib.errors import AblationError
@@ -47,33 +48,33 @@ def check_result(result: Any, where: str) -> Record:
 
 def render(result: Record, console: "Console") -> None:
     """Print a table, what it says about the paper, and remarks."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     console.print(Text(TITLES[result["table"]], style="bold"))
     for line in _heading(result):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(Text(line), soft_wrap=True)
     for sheet in sheets(result):
-        table = Table(title=sheet.title, title_justify="left")
+        console.print(Text(f"\n{sheet.title}", style="bold"), soft_wrap=True)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
         for index, name in enumerate(sheet.head):
-            table.add_column(name, justify="left" if index < sheet.left else "right", overflow="fold")
+            table.add_column(name, justify="left" if index < sheet.left else "right", no_wrap=True)
         for row in sheet.rows:
             table.add_row(*row)
         console.print(table)
     for line in result["agreement"]:
         console.print(Text(line, style="bold" if "DISAGREES" in line else ""), soft_wrap=True)
     for line in result["remarks"]:
-        console.print(
-            Text(f"note: {line}", style="bold red" if line.isupper() or line.startswith("THESE") else ""),
-            soft_wrap=True,
-        )
+        console.print(Text(f"note: {line}", style="bold red" if line == CPU_WARNING else ""), soft_wrap=True)
+    console.print()
 
 
 def markdown(result: Record, heading: str | None = None) -> str:
     """The same as text for a page, under an optional heading."""
     parts = [heading] if heading else []
     parts += ["  \n".join(_heading(result))]
-    parts += [f"**{sheet.title}**\n\n{_grid(sheet)}" for sheet in sheets(result)]
+    parts += [f"**{sheet.title}**\n\n{_grid(sheet)}" for sheet in sheets(result, wide=True)]
     first, *rest = result["agreement"]
     parts.append("\n".join([f"**{first}**", *(["", *(f"- {line}" for line in rest)] if rest else [])]))
     if result["remarks"]:
@@ -108,78 +109,83 @@ def _range(data: Record) -> str:
     return f"{high:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def sheets(result: Record) -> list[Sheet]:
-    """The tables of one result."""
+def sheets(result: Record, *, wide: bool = False) -> list[Sheet]:
+    """The tables of one result; ``wide`` ones have more columns than a terminal of 80 characters holds."""
     if result["table"] == "breakdown":
-        return [_times(result)]
-    return [*(_equal(result, density) for density in _densities(result)), _fixed(result)]
+        return [_attention_times(result), _prefill_times(result)]
+    densities = sorted({row["density"] for row in result["equal_density"]})
+    return [*(_equal(result, density, wide) for density in densities), _fixed(result)]
 
 
-def _densities(result: Record) -> list[float]:
-    return sorted({row["density"] for row in result["equal_density"]})
-
-
-def _equal(result: Record, density: float) -> Sheet:
-    head = ["variant", "limit", "KL", "95 %", "KL / baseline", "95 %", "accuracy", "paper: score", "paper: density"]
-    rows = []
+def _equal(result: Record, density: float, wide: bool) -> Sheet:
+    head = ["variant", "limit", "KL", *(["95 %"] if wide else []), "/ base", "95 %", "accuracy", "paper"]
     variants = {variant["name"]: variant for variant in result["variants"]}
-    for row in result["equal_density"]:
-        if row["density"] != density:
-            continue
+    rows = []
+    for row in (row for row in result["equal_density"] if row["density"] == density):
         variant = variants[row["variant"]]
-        name = row["variant"] + (" (baseline)" if variant["baseline"] else "")
         if not row["reached"]:
-            rows.append([name, *["not reached", *[NONE] * 5], *_paper(result, variant)])
-            continue
-        limit = "per head" if row["limit"] is None else _limit(variant, row["limit"])
-        ratio = "1" if variant["baseline"] else _number(row.get("kl_ratio"))
-        span = NONE if variant["baseline"] else _interval(row.get("kl_ratio_interval"))
-        ours = [limit, _number(row["kl"]), _interval(row["kl_interval"]), ratio, span, _percent(row["accuracy"])]
-        rows.append([name, *ours, *_paper(result, variant)])
-    dense = result["dense_accuracy"]
-    if dense is not None:
-        rows.append(["dense", NONE, "0", NONE, "0", NONE, _percent(dense), NONE, "100.0%"])
-    return Sheet(f"All at density {density:g}", head, rows)
+            cells = ["not reached", *[NONE] * (len(head) - 3)]
+        else:
+            limit = "per head" if row["limit"] is None else _limit(variant, row["limit"])
+            interval = [_interval(row["kl_interval"])] if wide else []
+            ratio = (
+                ["base", NONE]
+                if variant["baseline"]
+                else [_number(row.get("kl_ratio")), _interval(row.get("kl_ratio_interval"))]
+            )
+            cells = [limit, _number(row["kl"]), *interval, *ratio, _percent(row["accuracy"])]
+        rows.append([row["variant"], *cells, _paper(result, variant)])
+    if result["dense_accuracy"] is not None:
+        rows.append(["dense", *[NONE] * (len(head) - 3), _percent(result["dense_accuracy"]), NONE])
+    return Sheet(f"All at density {density:g} (paper: RULER score and its own density)", head, rows)
 
 
 def _fixed(result: Record) -> Sheet:
     tau = result["settings"]["tau"]
-    head = ["variant", "density", "KL", "accuracy", "paper: score", "paper: density"]
     rows = []
     for variant in result["variants"]:
         one = variant["fixed_tau"]
         cells = [NONE] * 3 if one is None else [_percent(one["density"]), _number(one["kl"]), _percent(one["accuracy"])]
-        rows.append([variant["name"], *cells, *_paper(result, variant)])
-    return Sheet(f"As the paper compares: tau {tau:g}, each at its own density", head, rows)
+        rows.append([variant["name"], *cells, _paper(result, variant)])
+    title = f"As the paper compares: each at its own density, ours with tau {tau:g} in all heads"
+    return Sheet(title, ["variant", "density", "KL", "accuracy", "paper"], rows)
 
 
-def _paper(result: Record, variant: Record) -> list[str]:
+def _paper(result: Record, variant: Record) -> str:
     """Score and density that the paper has for this very variant: its patterns are at S = 8 only."""
     figure = result["paper"]["figures"].get(variant["figure"])
     if figure is None or (result["table"] == "pattern" and variant["stride"] != 8):
-        return [NONE, NONE]
-    return [f"{figure['score']:.2f}", _percent(figure["density"])]
+        return NONE
+    return f"{figure['score']:.2f} at {_percent(figure['density'])}"
 
 
-def _times(result: Record) -> Sheet:
-    milliseconds = result["comparable"]
-    head = ["tokens", "S", "density"]
-    head += ["selection ms", "attention ms", "dense ms"] if milliseconds else []
-    head += ["selection / (sel. + att.)", "paper", "selection / dense", "attention / dense"]
-    head += ["selection of prefill", "attention of prefill", "dense att. of dense prefill", "prefill / dense"]
+def _attention_times(result: Record) -> Sheet:
+    milliseconds = ["selection_ms", "attention_ms", "dense_attention_ms"] if result["comparable"] else []
+    head = ["tokens", "S", "density", *(["sel. ms", "att. ms", "dense ms"] if milliseconds else [])]
+    head += ["sel./dense", "att./dense", "sel./(sel.+att.)", "paper"]
     shares = result["paper"]["selection_shares"]
     rows = []
     for row in result["times"]:
         cells = [f"{row['length']:,}", str(row["stride"]), _percent(row["density"])]
-        if milliseconds:
-            cells += [_number(row[name]) for name in ("selection_ms", "attention_ms", "dense_attention_ms")]
+        cells += [_number(row[name]) for name in (*milliseconds, "selection_over_dense", "attention_over_dense")]
         paper = shares.get(str(row["stride"]))
-        cells += [_percent(row["selection_share"]), NONE if paper is None else f"{paper:.0%}"]
-        cells += [_number(row["selection_over_dense"]), _number(row["attention_over_dense"])]
-        cells += [_percent(row["selection_of_prefill"]), _percent(row["attention_of_prefill"])]
+        rows.append([*cells, _percent(row["selection_share"]), NONE if paper is None else f"{paper:.0%}"])
+    title = f"Selection (scoring and selecting) and sparse attention, all layers, tau {result['tau']:g}"
+    return Sheet(title, head, rows, left=0)
+
+
+def _prefill_times(result: Record) -> Sheet:
+    milliseconds = ["prefill_ms", "dense_prefill_ms"] if result["comparable"] else []
+    head = ["tokens", "S", *(["sparse ms", "dense ms"] if milliseconds else [])]
+    head += ["selection", "attention", "rest", "dense: attention", "sparse/dense"]
+    rows = []
+    for row in result["times"]:
+        selection, attention = row["selection_of_prefill"], row["attention_of_prefill"]
+        cells = [f"{row['length']:,}", str(row["stride"]), *(_number(row[name]) for name in milliseconds)]
+        cells += [_percent(selection), _percent(attention), _percent(max(0.0, 1 - selection - attention))]
         cells += [_percent(row["dense_attention_of_dense_prefill"]), _number(row["prefill_over_dense_prefill"])]
         rows.append(cells)
-    return Sheet(f"All layers added up, tau {result['tau']:g}", head, rows, left=0)
+    return Sheet("Shares of the whole prefill", head, rows, left=0)
 
 
 def _limit(variant: Record, value: float) -> str:

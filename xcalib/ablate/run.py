@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from xcalib.ablate.breakdown import TimingSettings, measure_breakdown
 from xcalib.ablate.limits import candidates, limits_around
 from xcalib.ablate.measure import Measurement, Meter, measure_settings, probe_densities
@@ -90,7 +91,7 @@ def run_tables(
         heldout: what is measured; no document of it may be among the calibration's.
         settings: default :class:`AblateSettings`.
         folder: where finished work is kept; default a temporary folder.
-        curves: a collection of this model for the table ``threshold``, of the same block size; default: one is made of ``samples``.
+        curves: a collection of this model for the table ``threshold``, of the same method; default: one is made of ``samples``.
         name: what the user calls the model.
         command: kept with the results.
         resume: go on with what ``folder`` holds.

@@ -37,13 +37,14 @@ def make_table(table: str, lines: Sequence[Line], measurement: Measurement, dens
         remarks += [_out_of_reach(line, measurement, density) for line in lines if found[line.variant.name] is None]
         orders += judge_orders(table, [line.variant for line in lines], reached, density)
     asking = int((~np.isnan(measurement.dense_accuracy)).sum())
+    dense = float(np.nanmean(measurement.dense_accuracy)) if asking else None
     return {
         "paper": _paper(table),
         "variants": [_variant(line, measurement) for line in lines],
         "equal_density": rows,
         "orders": orders,
-        "agreement": sentences(orders, len(measurement.dense_accuracy), asking),
-        "dense_accuracy": float(np.nanmean(measurement.dense_accuracy)) if asking else None,
+        "agreement": sentences(orders, len(measurement.dense_accuracy), asking, dense),
+        "dense_accuracy": dense,
         "asking": asking,
         "remarks": [
             *remarks,

@@ -12,13 +12,17 @@ from xcalib.evaluation.bootstrap import CONFIDENCE
 
 __all__ = ["judge_orders", "sentences"]
 
+# What the paper has no line for, and a reader of the table asks: whether the first loses less than the second.
+_OURS = {"threshold": (("ours", "published DP"), ("ours", "single tau"))}
+
 Record = dict[str, Any]
 
 
 def judge_orders(
     table: str, variants: Sequence[Variant], found: Mapping[str, AtDensity], density: float
 ) -> list[Record]:
-    """One record for each pair that the paper orders (a gap of a point or more) and that was measured at this density.
+    """One record for each pair that the paper orders (a gap of a point or more) and that was measured at this density; after
+    them pairs with ``paper_points`` None: what the paper could not compare.
 
     ``verdict`` (of the KL) and ``accuracy_verdict`` are ``agrees`` or ``disagrees`` where the interval leaves the other side out,
     ``open`` where it does not, and None where there is nothing to judge by.
@@ -31,6 +35,9 @@ def judge_orders(
             if better in named and worse in named:
                 pair = (named[better], named[worse])
                 records.append({"density": density, "group": group, "paper_points": gap} | _pair(pair, found))
+    for pair in _OURS.get(table, ()):
+        if pair[0] in found and pair[1] in found:
+            records.append({"density": density, "group": "", "paper_points": None} | _pair(pair, found))
     return records
 
 
@@ -58,19 +65,20 @@ def _side(against: bool, agrees: bool) -> str:
     return "disagrees" if against else "agrees" if agrees else "open"
 
 
-def sentences(orders: Sequence[Record], samples: int, asking: int) -> list[str]:
+def sentences(orders: Sequence[Record], samples: int, asking: int, dense_accuracy: float | None) -> list[str]:
     """A headline, one line for every order, and one on accuracy."""
     if not orders:
-        return ["The paper orders no two of the variants that could be compared at equal density."]
+        return ["Nothing is said about the paper: no two of its variants could be compared at equal density."]
     if samples < 2:
-        return ["Nothing is said about the paper's order: one sample gives no interval; take more --heldout-samples."]
-    lines = [_headline([order["verdict"] for order in orders]), *(_line(order) for order in orders)]
-    if asking:
-        lines.append(_accuracy([order["accuracy_verdict"] for order in orders], asking))
-    return lines
+        return ["Nothing is said about the paper: one sample gives no interval; take more held-out samples."]
+    claimed = [order for order in orders if order["paper_points"] is not None]
+    lines = [_headline([order["verdict"] for order in claimed]), *(_line(order) for order in orders)]
+    return [*lines, _accuracy([order["accuracy_verdict"] for order in claimed], asking, dense_accuracy)]
 
 
 def _headline(verdicts: list[str]) -> str:
+    if not verdicts:
+        return "Nothing is said about the paper: no two of its variants could be compared at equal density."
     agreed, against, unsure = (verdicts.count(word) for word in ("agrees", "disagrees", "open"))
     counts = (
         f"{agreed} of {len(verdicts)} orders confirmed, {against} contradicted, {unsure} not decided by these samples"
@@ -87,14 +95,14 @@ def _headline(verdicts: list[str]) -> str:
 def _line(order: Record) -> str:
     low, high = order["kl_ratio_interval"]
     better, worse = order["better"], order["worse"]
-    ratio = f"the KL of {better} is {order['kl_ratio']:.2f} times that of {worse} ({CONFIDENCE:.0%}: {low:.2f} to {high:.2f})"
+    ratio = f"{better} loses {order['kl_ratio']:.2f} of the KL of {worse} ({CONFIDENCE:.0%}: {low:.2f} to {high:.2f})"
+    where = f"At density {order['density']:g} {ratio}"
+    if order["paper_points"] is None:
+        verdict = {"agrees": f"{better} is better", "disagrees": f"{better} is WORSE", "open": "not decided"}
+        return f"{where}; the paper has no such line: {verdict[order['verdict']]}."
+    verdict = {"agrees": "agrees", "disagrees": "DISAGREES", "open": "not decided"}
     claim = f"the paper puts {_kind(better)} {order['paper_points']:.2f} points ahead of {_kind(worse)}"
-    where = f"At density {order['density']:g}"
-    if order["verdict"] == "agrees":
-        return f"{where}, {ratio}; {claim}: agrees."
-    if order["verdict"] == "disagrees":
-        return f"{where}, {ratio}; {claim}: DISAGREES."
-    return f"{where}, {ratio}; {claim}: not decided."
+    return f"{where}; {claim}: {verdict[order['verdict']]}."
 
 
 def _kind(name: str) -> str:
@@ -103,8 +111,12 @@ def _kind(name: str) -> str:
     return pattern if pattern in PAPER["pattern"].figures else name
 
 
-def _accuracy(verdicts: list[str | None], asking: int) -> str:
-    known = [verdict for verdict in verdicts if verdict is not None]
-    counts = [known.count(word) for word in ("agrees", "disagrees", "open")]
+def _accuracy(verdicts: list[str | None], asking: int, dense: float | None) -> str:
+    if not asking:
+        return "Task accuracy was not measured: no held-out sample asks anything (--data ruler does)."
+    asks = f"{asking} held-out samples ask something" if asking > 1 else "1 held-out sample asks something"
+    if not dense:
+        return f"Task accuracy says nothing here: {asks}, and the dense model answers none."
+    counts = [verdicts.count(word) for word in ("agrees", "disagrees", "open")]
     text = f"{counts[0]} orders confirmed, {counts[1]} contradicted, {counts[2]} not decided"
-    return f"By task accuracy at equal density ({asking} samples ask something): {text}."
+    return f"By task accuracy at equal density ({asks}; dense {dense:.1%}): {text}."

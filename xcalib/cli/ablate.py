@@ -128,5 +128,5 @@ def _check_out(out: Path, names: tuple[str, ...], md: Path | None, replace: bool
 
 
 def _write(out: Path, name: str, result: dict[str, Any]) -> None:
-    replace_file(out / f"{name}.png", draw(result))
     replace_file(out / f"{name}.json", json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
+    replace_file(out / f"{name}.png", draw(result))
