@@ -8,7 +8,8 @@ import torch
 
 from xcalib.ablate.variants import Scoring, Setting
 from xcalib.errors import ModelError
-from xcalib.kernels import block_sparse_attention, estimate_blocks, select_blocks, visible_blocks
+from xcalib.kernels import block_sparse_attention, estimate_blocks, select_blocks
+from xcalib.kernels.geometry import Geometry
 from xcalib.models.attention import AttentionCall, AttentionPatch, patch_attention
 
 __all__ = ["DensityProbe", "VariantAttention"]
@@ -35,8 +36,7 @@ class _Interposed:
         if reason is not None:
             self.dense_reasons[reason] = self.dense_reasons.get(reason, 0) + 1
             return False
-        lengths = (length, call.key.shape[2])
-        seen = int(visible_blocks(*lengths, block_size=self._block_size).sum())
+        seen = Geometry(length, call.key.shape[2], self._block_size, causal=True).visible_count
         self.visible += seen * call.query.shape[0] * call.query.shape[1]
         return True
 

@@ -200,8 +200,7 @@ def _row(length: int, stride: int, unit: dict[str, np.ndarray], device: torch.de
 
 def _table(rows: list[Record], device: torch.device, backend: str, settings: TimingSettings) -> Record:
     on_gpu = device.type == "cuda" and backend == "triton"
-    remarks = [] if on_gpu else [CPU_WARNING]
-    remarks += [
+    remarks = [
         f"one tau of {settings.tau:g} in all heads; medians; selection is scoring and selecting, in one call as served",
         "a call's tensors may stay in the processor's cache between its repetitions; long inputs do not fit there",
     ]

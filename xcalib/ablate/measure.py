@@ -118,7 +118,7 @@ class Meter:
             raise ModelError(f"sample {index}: no layer of this model can be sparse ({reasons})")
         kl = self._head.kl(reference, [prefill.hidden[self._compared]])[0]
         return {
-            "kl": np.array(kl.double().sum().cpu()),
+            "kl": np.array(float(kl.double().sum())),
             "positions": np.array(float(len(kl))),
             "kept": np.array(float(sparse.kept)),
             "visible": np.array(float(sparse.visible)),

@@ -55,9 +55,11 @@ def render(result: Record, console: "Console") -> None:
     console.print(Text(TITLES[result["table"]], style="bold"))
     for line in _heading(result):
         console.print(Text(line), soft_wrap=True)
+    if _warns(result):
+        console.print(Text(CPU_WARNING, style="bold red"), soft_wrap=True)
     for sheet in sheets(result):
         console.print(Text(f"\n{sheet.title}", style="bold"), soft_wrap=True)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
         for index, name in enumerate(sheet.head):
             table.add_column(name, justify="left" if index < sheet.left else "right", no_wrap=True)
         for row in sheet.rows:
@@ -66,7 +68,7 @@ def render(result: Record, console: "Console") -> None:
     for line in result["agreement"]:
         console.print(Text(line, style="bold" if "DISAGREES" in line else ""), soft_wrap=True)
     for line in result["remarks"]:
-        console.print(Text(f"note: {line}", style="bold red" if line == CPU_WARNING else ""), soft_wrap=True)
+        console.print(Text(f"note: {line}"), soft_wrap=True)
     console.print()
 
 
@@ -74,12 +76,17 @@ def markdown(result: Record, heading: str | None = None) -> str:
     """The same as text for a page, under an optional heading."""
     parts = [heading] if heading else []
     parts += ["  \n".join(_heading(result))]
+    parts += [f"**{CPU_WARNING}**"] if _warns(result) else []
     parts += [f"**{sheet.title}**\n\n{_grid(sheet)}" for sheet in sheets(result, wide=True)]
     first, *rest = result["agreement"]
     parts.append("\n".join([f"**{first}**", *(["", *(f"- {line}" for line in rest)] if rest else [])]))
     if result["remarks"]:
         parts.append("Notes:\n\n" + "\n".join(f"- {line}" for line in result["remarks"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _warns(result: Record) -> bool:
+    return result["table"] == "breakdown" and not result["comparable"]
 
 
 def _grid(sheet: Sheet) -> str:
@@ -118,7 +125,7 @@ def sheets(result: Record, *, wide: bool = False) -> list[Sheet]:
 
 
 def _equal(result: Record, density: float, wide: bool) -> Sheet:
-    head = ["variant", "limit", "KL", *(["95 %"] if wide else []), "/ base", "95 %", "accuracy", "paper"]
+    head = ["variant", "limit", "KL", *(["95 %"] if wide else []), "ratio", "95 %", "acc.", "paper"]
     variants = {variant["name"]: variant for variant in result["variants"]}
     rows = []
     for row in (row for row in result["equal_density"] if row["density"] == density):
@@ -128,16 +135,13 @@ def _equal(result: Record, density: float, wide: bool) -> Sheet:
         else:
             limit = "per head" if row["limit"] is None else _limit(variant, row["limit"])
             interval = [_interval(row["kl_interval"])] if wide else []
-            ratio = (
-                ["base", NONE]
-                if variant["baseline"]
-                else [_number(row.get("kl_ratio")), _interval(row.get("kl_ratio_interval"))]
-            )
+            ratio = ["base", NONE] if variant["baseline"] else _ratio(row)
             cells = [limit, _number(row["kl"]), *interval, *ratio, _percent(row["accuracy"])]
         rows.append([row["variant"], *cells, _paper(result, variant)])
     if result["dense_accuracy"] is not None:
         rows.append(["dense", *[NONE] * (len(head) - 3), _percent(result["dense_accuracy"]), NONE])
-    return Sheet(f"All at density {density:g} (paper: RULER score and its own density)", head, rows)
+    title = f"All at density {density:g} (ratio: KL over that of base; paper: RULER score and its own density)"
+    return Sheet(title, head, rows)
 
 
 def _fixed(result: Record) -> Sheet:
@@ -189,8 +193,8 @@ def _prefill_times(result: Record) -> Sheet:
 
 
 def _limit(variant: Record, value: float) -> str:
-    name = {"threshold": "tau", "top-k": "k", "ratio": "ratio"}[variant["policy"]]
-    return f"{name} {value:.1f}" if name == "k" else f"{name} {value:.3f}"
+    """A tau, a share of blocks, or blocks a row, which lie between whole numbers where two were measured."""
+    return f"{value:.1f}" if variant["policy"] == "top-k" else f"{value:.3f}"
 
 
 def _number(value: float | None) -> str:
@@ -199,6 +203,13 @@ def _number(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return NONE if value is None else f"{value:.1%}"
+
+
+def _ratio(row: Record) -> list[str]:
+    if row.get("kl_ratio") is None:  # the baseline is out of reach
+        return [NONE, NONE]
+    ends = row["kl_ratio_interval"]
+    return [f"{row['kl_ratio']:.2f}", NONE if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"]
 
 
 def _interval(ends: Sequence[float] | None) -> str:

@@ -10,7 +10,7 @@ from xcalib.ablate.equal import AtDensity, at_density, draw_weights, interval_of
 from xcalib.ablate.measure import FloatArray, Measured, Measurement
 from xcalib.ablate.paper import PAPER
 from xcalib.ablate.variants import Setting, Variant
-from xcalib.ablate.verdicts import judge_orders, sentences
+from xcalib.ablate.verdicts import FEW_SAMPLES, Counts, judge_orders, sentences
 
 __all__ = ["Line", "make_table"]
 
@@ -28,24 +28,28 @@ class Line:
 
 def make_table(table: str, lines: Sequence[Line], measurement: Measurement, densities: Sequence[float]) -> Record:
     """The results of a measured table, as JSON values; ``docs/reproduction.md`` names the keys."""
-    weights = draw_weights(len(measurement.dense_accuracy))
+    counts = Counts(len(measurement.dense_accuracy), int((~np.isnan(measurement.dense_accuracy)).sum()))
+    weights = draw_weights(counts.samples)
     remarks, rows, orders = [], [], []
     for density in densities:
         found = {line.variant.name: _read(line, measurement, density, weights) for line in lines}
         reached = {name: one for name, one in found.items() if one is not None}
         rows += [_row(line.variant, lines, found, density) for line in lines]
         remarks += [_out_of_reach(line, measurement, density) for line in lines if found[line.variant.name] is None]
-        orders += judge_orders(table, [line.variant for line in lines], reached, density)
-    asking = int((~np.isnan(measurement.dense_accuracy)).sum())
-    dense = float(np.nanmean(measurement.dense_accuracy)) if asking else None
+        orders += judge_orders(table, [line.variant for line in lines], reached, density, counts)
+    dense = float(np.nanmean(measurement.dense_accuracy)) if counts.asking else None
+    if counts.samples < FEW_SAMPLES:
+        remarks.append(
+            f"intervals of {counts.samples} samples are too narrow (docs/search.md): {FEW_SAMPLES} are better"
+        )
     return {
         "paper": _paper(table),
         "variants": [_variant(line, measurement) for line in lines],
         "equal_density": rows,
         "orders": orders,
-        "agreement": sentences(orders, len(measurement.dense_accuracy), asking, dense),
+        "agreement": sentences(orders, counts, dense),
         "dense_accuracy": dense,
-        "asking": asking,
+        "asking": counts.asking,
         "remarks": [
             *remarks,
             *(f"{count} layers stay dense: {why}" for why, count in measurement.dense_reasons.items()),

@@ -44,6 +44,7 @@ def ablate(
         str | None, typer.Option(help="Tokens that the breakdown times, as 8192,16384; default up to --max-length.")
     ] = None,
     md: Annotated[Path | None, typer.Option(help="All tables as Markdown, in one file.")] = None,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="Draw the pictures (needs the extra `bench`).")] = True,
     seed: opt.Seed = 0,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
@@ -67,7 +68,8 @@ def ablate(
         lengths=_numbers("lengths", lengths, int) if lengths else (),
         seed=seed,
     )
-    check_matplotlib()
+    if png:
+        check_matplotlib()
     _check_out(out, names, md, resume or overwrite)
     measured = load_curves(curves) if curves else None
     loaded = opt.open_model(model, device, dtype, trust_remote_code)
@@ -87,15 +89,14 @@ def ablate(
             names, loaded.model, loaded.tokenizer, samples, heldout, settings, folder=work, curves=measured,
             name=model, command=command, resume=resume, progress=progress,
         ):  # fmt: skip
-            _write(out, name, result)
+            _write(out, name, result, png)
             render(result, console)
             results[name] = result
     shutil.rmtree(work, ignore_errors=True)
     if md is not None:
         replace_file(md, "\n".join(markdown(one, f"## {name}") for name, one in results.items()).encode())
-    console.print(
-        f"wrote {out}: {', '.join(f'{name}.json, {name}.png' for name in results)}", markup=False, soft_wrap=True
-    )
+    written = [f"{name}.{kind}" for name in results for kind in (("json", "png") if png else ("json",))]
+    console.print(f"wrote {out}: {', '.join(written)}", markup=False, soft_wrap=True)
     if as_json:
         print_json(results)
 
@@ -127,6 +128,7 @@ def _check_out(out: Path, names: tuple[str, ...], md: Path | None, replace: bool
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _write(out: Path, name: str, result: dict[str, Any]) -> None:
+def _write(out: Path, name: str, result: dict[str, Any], png: bool) -> None:
     replace_file(out / f"{name}.json", json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
-    replace_file(out / f"{name}.png", draw(result))
+    if png:
+        replace_file(out / f"{name}.png", draw(result))

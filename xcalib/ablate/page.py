@@ -1,4 +1,5 @@
-"""``python -m xcalib.ablate.markdown DIR`` prints the tables of a folder as Markdown; ``--into PAGE --label NAME`` fills a page.
+"""``python -m xcalib.ablate DIR`` prints the tables of a folder as Markdown; ``--into PAGE --label NAME`` fills a page,
+``--png`` draws the pictures anew.
 
 A page has, for each table, a line ``<!-- ablate NAME TABLE -->`` and after it ``<!-- end -->``: what stands between is replaced.
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xcalib._files import replace_file
+from xcalib.ablate.plot import draw
 from xcalib.ablate.report import TITLES, check_result, markdown
 from xcalib.ablate.variants import TABLES
 from xcalib.errors import AblationError
@@ -56,17 +58,18 @@ def fill(page: str, label: str, results: dict[str, dict[str, Any]], where: str) 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m xcalib.ablate.markdown", description="Tables of a folder as Markdown."
-    )
+    parser = argparse.ArgumentParser(prog="python -m xcalib.ablate", description="Tables of a folder as Markdown.")
     parser.add_argument("folder", type=Path, help="--out of 'xcalib ablate'")
     parser.add_argument("--into", type=Path, metavar="PAGE", help="replace what stands between this page's marks")
     parser.add_argument("--label", metavar="NAME", help="which marks, as in <!-- ablate NAME pattern -->")
+    parser.add_argument("--png", action="store_true", help="draw TABLE.png of every table in the folder")
     chosen = parser.parse_args(arguments)
     if (chosen.into is None) != (chosen.label is None):
         parser.error("--into and --label go together")
     try:
         results = load_results(chosen.folder)
+        for table, one in results.items() if chosen.png else ():
+            replace_file(chosen.folder / f"{table}.png", draw(one))
         if chosen.into is None:
             sys.stdout.write("\n".join(markdown(one, f"## {TITLES[table]}") for table, one in results.items()))
         else:
@@ -76,7 +79,3 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
     except (LookupError, TypeError) as error:  # JSON that only looks like ours
         raise SystemExit(f"error: {chosen.folder}: a result is incomplete ({type(error).__name__}: {error})") from error
-
-
-if __name__ == "__main__":
-    main()
