@@ -1,10 +1,12 @@
 """The ablations on a tiny model: what is measured, kept, drawn and refused."""
 
 import copy
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from xcalib.ablate.page import fill, load_results, main
 from xcalib.ablate.report import sheets
 from xcalib.ablate.variants import Scoring, Setting
 from xcalib.collect import CollectSettings, collect
+from xcalib.data import Sample
 from xcalib.errors import AblationError, CurvesError, DataError, ModelError
 from xcalib.models.logits import LogitHead
 
@@ -101,8 +104,9 @@ KEYS = [
 ]
 MEASURED_KEYS = ["variants", "equal_density", "orders", "dense_accuracy", "asking"]
 ROW_KEYS = [
-    *("density", "variant", "reached", "kl", "kl_interval", "limit", "measured_densities", "accuracy"),
-    *("accuracy_interval", "baseline", "kl_ratio", "kl_ratio_interval"),
+    *("density", "variant", "baseline", "reached", "limit", "measured_densities"),
+    *("kl", "kl_interval", "kl_ratio", "kl_ratio_interval"),
+    *("accuracy", "accuracy_interval", "accuracy_difference", "accuracy_difference_interval"),
 ]
 
 
@@ -186,6 +190,7 @@ def test_densities_out_of_reach_are_named(model: Any, data: tuple[Any, Any]) -> 
     settings = AblateSettings(densities=(0.3, 0.8), every=3)  # the sink and the own block are 52 % of six rows
     result = ablate.run_table("selection", model, None, *data, settings)
     rows = {(row["variant"], row["density"]): row["reached"] for row in result["equal_density"]}
+    assert all(sorted(row) == sorted(ROW_KEYS) for row in result["equal_density"])
     assert rows[("threshold", 0.8)] and not rows[("threshold", 0.3)]
     assert any("threshold is not compared at density 0.3: measured densities run from" in r for r in result["remarks"])
     assert "not reached" in to_markdown(result)
@@ -198,6 +203,36 @@ def test_one_heldout_sample_gives_no_verdict(model: Any, random_samples: Callabl
     assert result["equal_density"][0]["kl_interval"] is None
     assert result["agreement"][0].startswith("Nothing is said about the paper: that takes 5")
     assert to_markdown(result)
+
+
+def test_questions_are_scored(model: Any, data: tuple[Any, Any]) -> None:
+    def asking(samples: Any) -> Any:
+        asks = [Sample(one.tokens, one.source, one.documents, ("yes",), 2) for one in samples.samples[:-1]]
+        return dataclasses.replace(samples, samples=(*asks, samples.samples[-1]))
+
+    tokenizer = SimpleNamespace(decode=lambda _tokens, skip_special_tokens: "Yes." if skip_special_tokens else "")
+    settings = AblateSettings(densities=(0.7,), every=3)
+    result = ablate.run_table("selection", model, tokenizer, data[0], asking(data[1]), settings)
+    assert (result["dense_accuracy"], result["asking"]) == (1.0, 4)
+    for row in result["equal_density"]:
+        assert (row["accuracy"], row["accuracy_interval"], row["accuracy_difference"]) == (1.0, (1.0, 1.0), 0.0)
+    assert result["agreement"][-1].startswith("Task accuracy gives no verdict: 4 held-out samples ask something")
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_milliseconds_and_a_verdict(
+    tiny_model: Callable[..., Any], random_samples: Callable[..., Any]
+) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    heldout = random_samples([1024], seed=2, split="heldout")
+    result = ablate.run_table("breakdown", tiny_model().cuda(), None, random_samples([1024]), heldout)
+    assert (result["backend"], result["comparable"]) == ("triton", True)
+    assert all(row[name] > 0 for row in result["times"] for name in row if name.endswith("_ms"))
+    assert len(result["agreement"]) == len({row["length"] for row in result["times"]}) == 3
+    assert breakdown.CPU_WARNING not in to_markdown(result)
 
 
 # ----------------------------------------------------------------------------------------------------------- resumption

@@ -1,6 +1,6 @@
 """The figures that the paper prints in its ablations (XAttention, arXiv 2503.16428), as data.
 
-Scores are averages over the RULER lengths 4k to 128k of Llama-3.1-8B-Instruct, in percent; densities are shares of blocks, of the
+Scores are averages over the RULER lengths 4k to 128k of Llama-3.1-8B, in percent; densities are shares of blocks, of the
 32k column. The paper compares variants as they fall out, each at a density of its own.
 """
 
@@ -24,7 +24,7 @@ class PaperTable:
     """One ablation.
 
     Attributes:
-        title: what the paper calls it.
+        title: which ablation of the paper this is.
         setting: what the figures were measured with.
         figures: by variant, as :class:`xcalib.ablate.variants.Variant` names it in ``figure``.
     """

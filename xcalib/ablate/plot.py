@@ -85,7 +85,7 @@ def _ratios(axes: "Axes", result: Record, styles: dict[str, dict[str, Any]]) -> 
     densities = sorted({row["density"] for row in result["equal_density"]})
     names = list(styles)
     for row in result["equal_density"]:
-        if row.get("kl_ratio") is None:
+        if row["kl_ratio"] is None:
             continue
         which = densities.index(row["density"])
         place = names.index(row["variant"]) + 0.2 * (which - (len(densities) - 1) / 2)
@@ -126,7 +126,7 @@ def _scores(axes: "Axes", result: Record, styles: dict[str, dict[str, Any]]) -> 
         )
     asked = False
     for row in result["equal_density"]:
-        if row.get("accuracy") is not None:
+        if row["accuracy"] is not None:
             asked = True
             axes.plot(
                 [row["density"]], [100 * row["accuracy"]], fillstyle="none", linestyle="", **styles[row["variant"]]

@@ -186,7 +186,7 @@ def _prefill_times(result: Record) -> Sheet:
     for row in result["times"]:
         selection, attention = row["selection_of_prefill"], row["attention_of_prefill"]
         cells = [f"{row['length']:,}", str(row["stride"]), *(_number(row[name]) for name in milliseconds)]
-        cells += [_percent(selection), _percent(attention), _percent(max(0.0, 1 - selection - attention))]
+        cells += [_percent(selection), _percent(attention), _percent(1 - selection - attention)]
         cells += [_percent(row["dense_attention_of_dense_prefill"]), _number(row["prefill_over_dense_prefill"])]
         rows.append(cells)
     return Sheet("Shares of the whole prefill", head, rows, left=0)
@@ -206,7 +206,7 @@ def _percent(value: float | None) -> str:
 
 
 def _ratio(row: Record) -> list[str]:
-    if row.get("kl_ratio") is None:  # the baseline is out of reach
+    if row["kl_ratio"] is None:  # the baseline is out of reach
         return [NONE, NONE]
     ends = row["kl_ratio_interval"]
     return [f"{row['kl_ratio']:.2f}", NONE if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"]

@@ -16,6 +16,11 @@ __all__ = ["Line", "make_table"]
 
 Record = dict[str, Any]
 
+ROW_FIGURES = (
+    *("kl", "kl_interval", "kl_ratio", "kl_ratio_interval", "limit", "measured_densities"),
+    *("accuracy", "accuracy_interval", "accuracy_difference", "accuracy_difference_interval"),
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Line:
@@ -71,12 +76,13 @@ def _out_of_reach(line: Line, measurement: Measurement, density: float) -> str:
 
 
 def _row(variant: Variant, lines: Sequence[Line], found: Mapping[str, AtDensity | None], density: float) -> Record:
-    one = found[variant.name]
-    row: Record = {"density": density, "variant": variant.name, "reached": one is not None}
+    """Always the same keys; None where a figure does not exist."""
+    baseline = next(line.variant for line in lines if line.variant.baseline and line.variant.group == variant.group)
+    one, other = found[variant.name], found[baseline.name]
+    row: Record = {"density": density, "variant": variant.name, "baseline": baseline.name, "reached": one is not None}
+    row |= dict.fromkeys(ROW_FIGURES)
     if one is None:
         return row
-    baseline = next(line.variant for line in lines if line.variant.baseline and line.variant.group == variant.group)
-    other = found[baseline.name]
     row |= {
         "kl": one.kl,
         "kl_interval": interval_of(np.exp(one.log_kl_draws)),
@@ -84,7 +90,6 @@ def _row(variant: Variant, lines: Sequence[Line], found: Mapping[str, AtDensity 
         "measured_densities": one.around,
         "accuracy": one.accuracy,
         "accuracy_interval": interval_of(one.accuracy_draws),
-        "baseline": baseline.name,
     }
     if other is not None:
         row["kl_ratio"] = one.kl / other.kl

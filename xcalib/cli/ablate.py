@@ -117,7 +117,7 @@ def _numbers(option: str, text: str, kind: type) -> tuple[Any, ...]:
 
 
 def _check_out(out: Path, names: tuple[str, ...], md: Path | None, replace: bool) -> None:
-    """Make the folder, and refuse what could not be written, before any work is done."""
+    """Refuse what could not be written, before any work is done."""
     if out.exists() and not out.is_dir():
         raise AblationError(f"{out}: is not a folder")
     if md is not None and not md.parent.is_dir():
@@ -125,7 +125,6 @@ def _check_out(out: Path, names: tuple[str, ...], md: Path | None, replace: bool
     present = [name for name in names if (out / f"{name}.json").exists()]
     if present and not replace:
         raise AblationError(f"{out / present[0]}.json: exists already; choose another folder, or give --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def _write(out: Path, name: str, result: dict[str, Any], png: bool) -> None:
