@@ -12,7 +12,7 @@ __all__ = ["BRACKET", "candidates", "limits_around"]
 
 # Multiples of a compared density at which a variant is measured: far enough apart that held-out text, and a model that attends
 # sparsely in the layers before, still lie on both sides; near enough for log KL to be a line between them.
-BRACKET = (0.85, 1.15)
+BRACKET = (0.9, 1.1)
 NEAR = (0.95, 1.05)  # for policies that come in steps: the nearest step outside of these
 _TAUS = (0.0, 0.2, 0.35, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92, 0.94, 0.96, 0.975, 0.99, 1.0)
 _MOST_BLOCKS = 48

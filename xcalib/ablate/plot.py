@@ -77,7 +77,7 @@ def _curves(axes: "Axes", result: Record, styles: dict[str, dict[str, Any]]) -> 
     axes.set_yscale("log")
     axes.set(xlabel="density (blocks kept / visible blocks)", ylabel="KL from dense (nats per token)")
     axes.set_title("ours: measured settings; compared at the dotted lines", fontsize="medium")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower left")
 
 
 def _ratios(axes: "Axes", result: Record, styles: dict[str, dict[str, Any]]) -> None:
