@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from xcalib import ablate
-from xcalib.ablate import AblateSettings, breakdown, measure
+from xcalib.ablate import AblateSettings, breakdown, measure, searched
 from xcalib.ablate import markdown as to_markdown
 from xcalib.ablate.attention import VariantAttention
 from xcalib.ablate.page import fill, load_results, main
@@ -328,6 +329,23 @@ def test_curves_of_another_method_or_model(
         ablate.run_table("threshold", tiny_model("qwen3"), None, *data, SETTINGS, curves=curves)
 
 
+def test_the_recurrence_has_no_state_above_its_start(
+    model: Any, data: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = CollectSettings(stride=8, block_size=64, gain_samples=1)
+    curves = collect(model, data[0], tmp_path / "curves", settings=settings)
+    monkeypatch.setattr(searched, "START", 0.3)
+    found = searched.solve(curves, (0.9,), "paper", "published DP")
+    assert len(found.thresholds) == 1  # both densities ask for more than the start gives
+    assert found.thresholds[0] == pytest.approx(0.3)
+    (remark,) = found.remarks
+    assert remark.startswith("published DP: starts at tau 0.3 for every head, which keeps ")
+    assert remark.endswith("it has no state at density 0.9")
+    ours = searched.solve(curves, (0.8,), "knapsack", "ours")
+    assert (len(ours.thresholds), ours.remarks) == (2, [])
+    assert not searched.solve(curves, (0.2,), "knapsack", "ours").thresholds  # less than what is always kept
+
+
 def test_a_model_that_cannot_be_sparse(tiny_model: Callable[..., Any], data: tuple[Any, Any]) -> None:
     with pytest.raises((AblationError, ModelError), match="no layer of this model can be sparse"):
         ablate.run_table("stride", tiny_model("gpt_oss"), None, *data, AblateSettings(densities=(0.7,)))
@@ -386,14 +404,19 @@ def test_markdown_of_a_folder(ran: Ran, capsys: pytest.CaptureFixture[str], tmp_
     page = tmp_path / "page.md"
     marks = [f"Before.\n\n<!-- ablate tiny {table} -->\nstale figures\n<!-- end -->\n" for table in ablate.TABLES]
     page.write_text("\n".join([*marks, "<!-- ablate other stride -->\nkept\n<!-- end -->\n"]))
+    (tmp_path / "figures").mkdir()
+    for name in found:
+        shutil.copy(folder / f"{name}.json", tmp_path / "figures")
+    (tmp_path / "figures" / "stride.png").write_bytes(b"")
     for _ in range(2):  # the second time changes nothing
-        main([str(folder), "--into", str(page), "--label", "tiny"])
+        main([str(tmp_path / "figures"), "--into", str(page), "--label", "tiny"])
     text = page.read_text()
     assert text.count("Before.") == len(ablate.TABLES)
     assert "stale figures" not in text and "kept" in text
     assert text.count(to_markdown(found["stride"])) == 1
+    assert text.count("](figures/stride.png)") == text.count("![") == 1
     with pytest.raises(AblationError, match="has no '<!-- ablate new pattern -->'"):
-        fill(text, "new", found, "page.md")
+        fill(text, "new", found, {}, "page.md")
 
 
 @pytest.mark.parametrize(
@@ -441,6 +464,12 @@ def test_the_command(run: Callable[..., tuple[int, str, str]], tiny_folder: Path
     assert "selection.json: exists already; choose another folder, or give --overwrite" in said
     code, _, said = run(*command, "--overwrite", "--no-png")
     assert code == 0, said
+
+
+def test_help_has_an_example(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, shown, _ = run("ablate", "--help")
+    assert code == 0
+    assert "Example: " in shown and "xcalib ablate demo --table pattern" in shown
 
 
 @pytest.mark.parametrize(

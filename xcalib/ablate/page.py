@@ -6,6 +6,7 @@ A page has, for each table, a line ``<!-- ablate NAME TABLE -->`` and after it `
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ def load_results(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def fill(page: str, label: str, results: dict[str, dict[str, Any]], where: str) -> str:
-    """The page with each table between its marks.
+def fill(page: str, label: str, results: dict[str, dict[str, Any]], pictures: dict[str, str], where: str) -> str:
+    """The page with each table between its marks, and the table's picture below it where there is one (path from the page).
 
     Raises:
         AblationError: a table has no marks in the page.
@@ -52,8 +53,17 @@ def fill(page: str, label: str, results: dict[str, dict[str, Any]], where: str) 
         _, closed, after = rest.partition(END)
         if not found or not closed:
             raise AblationError(f"{where}: has no '{mark}' with '{END}' after it")
-        page = f"{before}{mark}\n{markdown(result)}{END}{after}"
+        picture = f"\n![{TITLES[table]}]({pictures[table]})\n" if table in pictures else ""
+        page = f"{before}{mark}\n{markdown(result)}{picture}{END}{after}"
     return page
+
+
+def _pictures(folder: Path, page: Path, results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Those that exist, as a path from the page."""
+    paths = {table: folder / f"{table}.png" for table in results}
+    return {
+        table: Path(os.path.relpath(path, page.parent)).as_posix() for table, path in paths.items() if path.is_file()
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
         if chosen.into is None:
             sys.stdout.write("\n".join(markdown(one, f"## {TITLES[table]}") for table, one in results.items()))
         else:
-            page = fill(chosen.into.read_text("utf-8"), chosen.label, results, str(chosen.into))
+            pictures = _pictures(chosen.folder, chosen.into, results)
+            page = fill(chosen.into.read_text("utf-8"), chosen.label, results, pictures, str(chosen.into))
             replace_file(chosen.into, page.encode())
     except (AblationError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

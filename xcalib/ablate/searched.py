@@ -43,7 +43,9 @@ def solve(curves: Curves, densities: Sequence[float], method: SearchMethod, name
         targets = (max(BRACKET[0] * density, 0.5 * (floor + density)), min(BRACKET[1] * density, 1.0))
         for target in targets:
             try:
-                profile = build_profile(curves, [Target("point", "density", target)], method=method)
+                profile = build_profile(
+                    curves, [Target("point", "density", target)], method=method, start_threshold=START
+                )
             except TargetError as error:
                 found.remarks.append(f"{name} at density {target:.3f}: {error}")
                 continue

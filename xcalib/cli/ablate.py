@@ -24,7 +24,9 @@ def ablate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for TABLE.json and TABLE.png.")],
     table: Annotated[
         list[str] | None,
-        typer.Option("--table", "-t", metavar="TABLE", help=f"{', '.join(TABLES)} or all; may be given several times."),
+        typer.Option(
+            "--table", "-t", metavar="TABLE", help=f"Required: {', '.join(TABLES)} or all; may be given several times."
+        ),
     ] = None,
     data: opt.Data = None,
     num_samples: opt.NumSamples = 8,
