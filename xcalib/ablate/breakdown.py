@@ -15,6 +15,9 @@ import torch
 from torch.nn import functional
 
 from xcalib.ablate.paper import BREAKDOWN_TITLE, SELECTION_SHARES
+from xcalib.bench.data import Inputs
+from xcalib.bench.parts import Parts
+from xcalib.bench.timing import measure
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.errors import AblationError
@@ -70,9 +73,6 @@ class _Clock:
         self._advance(1)
         if call.dense_reason is not None:
             return
-        from xcalib.bench.data import Inputs
-        from xcalib.bench.parts import Parts
-
         self.layers += 1
         inputs = Inputs(call.query.contiguous(), call.key.contiguous(), call.value.contiguous())
         tensors = (inputs.query, inputs.key, inputs.value)
@@ -96,8 +96,6 @@ class _Clock:
             spent["dense"] += dense
 
     def _time(self, run: Callable[[], object], call: AttentionCall) -> float:
-        from xcalib.bench.timing import measure
-
         return measure([run], call.query.device, self._settings.limit_seconds).median_ms
 
 
@@ -142,8 +140,6 @@ def _check(settings: TimingSettings, longest: int) -> None:
 def _time_length(
     model: Any, tokens: torch.Tensor, settings: TimingSettings, advance: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
-    from xcalib.bench.timing import measure
-
     head = LogitHead(model)
     clock = _Clock(settings, advance)
     with patch_attention(model, clock):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from xcalib.ablate.settings import AblateSettings
+from xcalib.bench.machine import describe_machine
 from xcalib.data import SampleSet
 from xcalib.profile import ModelIdentity
 
@@ -35,8 +36,6 @@ class Context:
 
 def make_record(context: Context, result: dict[str, Any], began: float) -> dict[str, Any]:
     """JSON values; ``began`` is of ``time.monotonic``."""
-    from xcalib.bench.machine import describe_machine
-
     parameter = next(context.model.parameters())
     return {
         "format": FORMAT,
