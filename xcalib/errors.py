@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from xcalib.search.gate import Verdict
 
 __all__ = [
+    "AblationError",
     "BenchError",
     "CurvesError",
     "DataError",
@@ -67,6 +68,10 @@ class ProfileError(XcalibError):
 
 class BenchError(XcalibError):
     """A bench suite is malformed, or this machine cannot run it."""
+
+
+class AblationError(XcalibError):
+    """An ablation is unknown or its settings or results cannot be used."""
 
 
 class XcalibWarning(UserWarning):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import xcalib
 from xcalib.cli import options as opt
+from xcalib.cli.ablate import ablate
 from xcalib.cli.bench import bench
 from xcalib.cli.by_length import evaluation_by_length, report_curves
 from xcalib.cli.convert import convert
@@ -36,6 +37,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+app.command(epilog="Example: `xcalib ablate demo --table pattern --data builtin@2 --data ruler --out ablations`")(
+    ablate
+)
 app.command(epilog="Example: `xcalib bench --suite hopper --out bench.json --png bench.png`")(bench)
 app.command(epilog="Example: `xcalib convert TABLE.py --name llama_fuse_8 --model MODEL_FOLDER --out profile.yaml`")(
     convert

@@ -25,6 +25,7 @@ __all__ = [
     "Evaluation",
     "LengthResult",
     "UniformPoint",
+    "answer_score",
     "evaluate",
     "evaluate_plans",
     "plans_to_evaluate",
@@ -185,7 +186,7 @@ def _evaluate_sample(
     accuracy, hidden = [], []
     with watch:
         dense = head.prefill(tokens, use_cache=asks)
-    accuracy.append(_answer(model, head, dense, sample, tokenizer) if asks else np.nan)
+    accuracy.append(answer_score(model, head, dense, sample, tokenizer) if asks else np.nan)
     advance(1)
     densities, blocks = [], []
     for plan in plans.values():
@@ -196,7 +197,7 @@ def _evaluate_sample(
             density[sorted(plan.dense_layers)] = np.nan
             densities.append(density)
             blocks.append(int(visible_blocks(len(tokens), len(tokens), block_size=plan.block_size).sum()))
-            accuracy.append(_answer(model, head, prefill, sample, tokenizer) if asks else np.nan)
+            accuracy.append(answer_score(model, head, prefill, sample, tokenizer) if asks else np.nan)
         hidden.append(prefill.hidden[compared])
         advance(1)
     divergence = head.compare(dense.hidden[compared], hidden, tokens[1:][compared])
@@ -212,7 +213,7 @@ def _evaluate_sample(
 
 
 @torch.inference_mode()
-def _answer(model: Any, head: LogitHead, prefill: Any, sample: Sample, tokenizer: Any) -> float:
+def answer_score(model: Any, head: LogitHead, prefill: Any, sample: Sample, tokenizer: Any) -> float:
     """Generate greedily after the prompt and score the text, in [0, 1]."""
     stop = getattr(model.generation_config, "eos_token_id", None)
     stops = set(stop) if isinstance(stop, list) else {stop}

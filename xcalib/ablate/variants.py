@@ -1,0 +1,105 @@
+"""What each table compares, and one way of choosing blocks as it is measured."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from xcalib.ablate.paper import PAPER
+from xcalib.errors import AblationError
+from xcalib.kernels.api import STRIDES, Pattern, Policy
+
+__all__ = ["MEASURED", "TABLES", "Scoring", "Setting", "Variant", "check_tables", "variants_of"]
+
+TABLES = (*PAPER, "breakdown")
+MEASURED = tuple(PAPER)
+PATTERN_STRIDES = (8, 16)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How blocks are scored and by what they are selected."""
+
+    stride: int
+    pattern: Pattern = "antidiagonal"
+    policy: Policy = "threshold"
+
+    @property
+    def key(self) -> str:
+        return f"{self.pattern}-{self.stride}-{self.policy}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a table.
+
+    Attributes:
+        name: unique in the table.
+        scoring: how it scores and selects.
+        figure: its name among the paper's figures, "" for what the paper does not have.
+        group: only variants of one group are compared.
+        baseline: whether the others of its group are set against it.
+        thresholds: where its limits come from: ``one`` value for all heads, or a search (``paper``, ``knapsack``).
+    """
+
+    name: str
+    scoring: Scoring
+    figure: str = ""
+    group: str = ""
+    baseline: bool = False
+    thresholds: str = "one"
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A way of choosing blocks with everything decided: ``limits`` is fp32 ``(layers, query heads)``, by policy."""
+
+    scoring: Scoring
+    limits: npt.NDArray[np.float32]
+
+    @property
+    def key(self) -> str:
+        """Names the setting: equal for tables that share it."""
+        digest = hashlib.sha256(f"{self.scoring.key} {self.limits.shape}".encode())
+        digest.update(np.ascontiguousarray(self.limits, dtype="<f4").tobytes())
+        return digest.hexdigest()[:20]
+
+    @property
+    def limit(self) -> float | None:
+        """The value that all heads share, None where they differ."""
+        first = float(self.limits.flat[0])
+        return first if bool((self.limits == self.limits.flat[0]).all()) else None
+
+
+def check_tables(names: tuple[str, ...]) -> None:
+    """Raise AblationError unless every name is a table's."""
+    for name in names:
+        if name not in TABLES:
+            raise AblationError(f"table {name!r} is unknown, expected one of {', '.join(TABLES)} or all")
+
+
+def variants_of(table: str, stride: int) -> tuple[Variant, ...]:
+    """The lines of a measured table; ``stride`` is that of the tables that do not vary it."""
+    if table == "pattern":
+        return tuple(
+            Variant(f"{pattern} S={size}", Scoring(size, pattern), pattern, f"S={size}", pattern == "antidiagonal")
+            for size in PATTERN_STRIDES
+            for pattern in ("antidiagonal", "diagonal", "random")
+        )
+    if table == "stride":
+        known = PAPER["stride"].figures
+        names = {size: f"S={size}" for size in STRIDES}
+        return tuple(
+            Variant(name, Scoring(size), name if name in known else "", "", size == 8) for size, name in names.items()
+        )
+    if table == "selection":
+        policies: tuple[Policy, ...] = ("threshold", "top-k", "ratio")
+        return tuple(
+            Variant(policy, Scoring(stride, policy=policy), policy, "", policy == "threshold") for policy in policies
+        )
+    return (
+        Variant("single tau", Scoring(stride), "single tau", "", baseline=True),
+        Variant("published DP", Scoring(stride), "published DP", "", thresholds="paper"),
+        Variant("ours", Scoring(stride), "", "", thresholds="knapsack"),
+    )
