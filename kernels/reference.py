@@ -129,9 +129,7 @@ def _fixed_limits(threshold: torch.Tensor) -> torch.Tensor:
     return (tau * ONE).ceil().long().masked_fill_(tau >= 1, NEVER)
 
 
-def block_levels(
-    scores: torch.Tensor, grid: torch.Tensor, geometry: Geometry, order: str = "score"
-) -> torch.Tensor:
+def block_levels(scores: torch.Tensor, grid: torch.Tensor, geometry: Geometry, order: str = "score") -> torch.Tensor:
     """The first of ascending thresholds that keeps each block: int64 like ``scores``, ``len(grid)`` for invisible ones."""
     return torch.searchsorted(_fixed_limits(grid), cut_offs(scores, geometry, order), right=True)
 

@@ -6,7 +6,16 @@ from itertools import pairwise
 import torch
 
 from xcalib.kernels.api import attend
-from xcalib.kernels.arguments import Backend, Order, Pattern, Precision, check_attention, check_method, limits_of, scale_of
+from xcalib.kernels.arguments import (
+    Backend,
+    Order,
+    Pattern,
+    Precision,
+    check_attention,
+    check_method,
+    limits_of,
+    scale_of,
+)
 from xcalib.kernels.backends import resolve
 from xcalib.kernels.geometry import Geometry
 
