@@ -11,6 +11,7 @@ from rich.console import Console
 import xcalib
 from xcalib.cli import options as opt
 from xcalib.cli.bench import bench
+from xcalib.cli.by_task import task_table
 from xcalib.cli.convert import convert
 from xcalib.cli.demo import run_demo
 from xcalib.cli.diff import diff
@@ -221,7 +222,11 @@ def evaluate(
         list[float] | None, typer.Option(min=0, max=1, help="Measure a single tau the same way; may be repeated.")
     ] = None,
     data: opt.Data = None,
-    num_samples: opt.NumSamples = 6,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples, shared out among the data; default 6, or all that --limit lets through."),
+    ] = None,
+    limit: opt.Limit = None,
     max_length: Annotated[
         int | None, typer.Option(min=64, help="Tokens of the longest sample; default the calibration's.")
     ] = None,
@@ -248,7 +253,8 @@ def evaluate(
     samples = opt.read_samples(
         data or (list(record.sources) if record else None),
         loaded,
-        num_samples=num_samples,
+        num_samples=num_samples or (None if limit else 6),
+        limit=limit,
         max_length=max_length or (record.max_length if record else 0) or 2048,
         min_length=min_length,
         seed=seed,
@@ -260,12 +266,15 @@ def evaluate(
         identity = {
             "plans": {k: v.thresholds.tolist() for k, v in plans.items()},
             "data": samples.tokens_sha256,
+            "questions": samples.questions_sha256,
             "model": model,
         }
         units = Units(work, identity, resume=resume)
     with resumable("run the same command with --resume" if work else "give --work FOLDER to be able to --resume"):
         found = evaluate_plans(loaded.model, samples, plans, tokenizer=loaded.tokenizer, units=units, progress=progress)
     console.print(evaluation_table(found, f"{model}: dense against sparse, held out"))
+    if found.tasks:
+        console.print(task_table(found))
     console.print(by_layer_table(found))
     if as_json:
         print_json(found.to_dict())

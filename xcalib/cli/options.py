@@ -15,13 +15,22 @@ from xcalib.models.loading import LoadedModel, load_model
 
 MODEL_HELP = "A Hugging Face id, a folder, a .gguf file, or 'demo'."
 DATA_HELP = (
-    "Data, may be given several times, each with a weight at its end (@2): builtin[:CATEGORY], ruler[:TASK,...], "
+    "Data, may be given several times, each with a weight at its end (@2): builtin[:CATEGORY], ruler[:TASK,... or :all], "
     "text:PATH, jsonl:PATH[:field], hf:NAME[:config][:split], or package.module:function."
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Data = Annotated[list[str] | None, typer.Option("--data", "-d", metavar="SPEC", help=DATA_HELP)]
 NumSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="At most N samples of each task: of each ruler task, of each data set that the rows of a jsonl file name, and of "
+        "every other --data. Without --num-samples there are N of each, or as many as the data have.",
+    ),
+]
 MaxLength = Annotated[int, typer.Option(min=64, help="Tokens of the longest sample.")]
 MinLength = Annotated[
     int | None, typer.Option(min=1, help="Tokens of the shortest sample; default: all have --max-length.")
@@ -60,18 +69,19 @@ def read_samples(
     specs: list[str] | None,
     loaded: LoadedModel,
     *,
-    num_samples: int,
+    num_samples: int | None,
     max_length: int,
     min_length: int | None,
     seed: int,
     split: Split,
     exclude: tuple[str, ...] = (),
+    limit: int | None = None,
 ) -> SampleSet:
     """Samples of the given or default data; what was dropped is said on stderr."""
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
         raise DataError(
-            f"--max-length is {max_length}, but {loaded.name} has {limit} positions: choose at most {limit}"
+            f"--max-length is {max_length}, but {loaded.name} has {positions} positions: choose at most {positions}"
         )
     arguments: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length, "min_length": min_length}
     with status(f"Reading {split} data"):
@@ -81,6 +91,7 @@ def read_samples(
             seed=seed,
             split=split,
             exclude=exclude,
+            limit=limit,
             **arguments,
         )
     for reason, count in samples.dropped.items():

@@ -10,6 +10,7 @@ import numpy as np
 
 from xcalib.data import SampleSet
 from xcalib.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Interval, ratio_interval
+from xcalib.evaluation.by_task import TaskResult, accuracy_by_task
 
 __all__ = ["DenseResult", "Evaluation", "PlanResult", "SampleResult", "summarise"]
 
@@ -88,7 +89,8 @@ class PlanResult:
 class Evaluation:
     """Dense and sparse side by side on the same samples; ``to_dict()`` is JSON.
 
-    ``confidence`` is what every interval holds, by ``resamples`` draws of the bootstrap.
+    ``confidence`` is what every interval holds, by ``resamples`` draws of the bootstrap. ``tasks`` has the accuracy of each
+    task that asks something.
     """
 
     dense: DenseResult
@@ -99,6 +101,7 @@ class Evaluation:
     asking: int
     confidence: float = CONFIDENCE
     resamples: int = RESAMPLES
+    tasks: tuple[TaskResult, ...] = ()
 
     def plan(self, name: str) -> PlanResult:
         """The result of one plan by name; KeyError when there is none."""
@@ -142,7 +145,8 @@ def summarise(names: Sequence[str], results: Sequence[SampleResult], data: Sampl
         )
     dense = DenseResult(float(np.exp(loss[0])), accuracy[0], float(seconds[0]), _mean_interval(asked[0]))
     tokens = sum(len(sample.tokens) for sample in data.samples)
-    return Evaluation(dense, tuple(plans), tuple(data.specs), len(results), tokens, asking)
+    tasks = accuracy_by_task(names, scores, data.samples)
+    return Evaluation(dense, tuple(plans), tuple(data.specs), len(results), tokens, asking, tasks=tasks)
 
 
 def _mean_interval(scores: np.ndarray) -> Interval | None:

@@ -146,7 +146,8 @@ def _samples(
 
 def _evidence_identity(profile: Profile, heldout: SampleSet) -> dict[str, Any]:
     points = [(point.name, point.thresholds) for point in profile.points]
-    return {"points": points, "config": profile.model.config_sha256, "heldout data": heldout.tokens_sha256}
+    data = {"heldout data": heldout.tokens_sha256, "heldout questions": heldout.questions_sha256}
+    return {"points": points, "config": profile.model.config_sha256, **data}
 
 
 def build_profile(
