@@ -50,10 +50,10 @@ def test_samples_are_grouped_by_source_and_metric() -> None:
     found = evaluation(SAMPLES, SCORES, ["fast"]).tasks
     assert [(task.task, task.metric, task.samples) for task in found] == [
         ("b", "recall", 3),
-        ("a", "recall", 1),
         ("b", "f1", 1),
+        ("a", "recall", 1),
     ]
-    b, a, f1 = found
+    b, f1, a = found
     assert [(item.attention, item.accuracy) for item in b.accuracy] == [("dense", 2 / 3), ("fast", 1 / 3)]
     assert b.accuracy[1].interval == ratio_interval([0.0, 1.0, 0.0], [1, 1, 1])
     assert [(item.accuracy, item.interval) for item in a.accuracy] == [(0.5, None), (0.25, None)]
@@ -75,7 +75,7 @@ def test_no_question_no_task() -> None:
 
 def test_json_has_the_tasks() -> None:
     printed = json.loads(json.dumps(evaluation(SAMPLES, SCORES, ["fast"]).to_dict(), allow_nan=False))
-    assert printed["tasks"][1] == {
+    assert printed["tasks"][2] == {
         "task": "a",
         "metric": "recall",
         "samples": 1,
@@ -98,8 +98,8 @@ def test_table() -> None:
     assert rows == [
         ["b", "3", "66.7%", "33.3%"],
         ["", "", "0-100", "0-100"],
-        ["a", "1", "50.0%", "25.0%"],
         ["b (f1)", "1", "30.0%", "10.0%"],
+        ["a", "1", "50.0%", "25.0%"],
     ]
     assert "95% interval" in text
     alone = drawn(evaluation(SAMPLES[:2], SCORES[:2], ["fast"]))

@@ -41,23 +41,26 @@ class TaskResult:
 
 
 def accuracy_by_task(names: Sequence[str], scores: np.ndarray, samples: Sequence[Sample]) -> tuple[TaskResult, ...]:
-    """Group scores by task, in the order in which the tasks come up; samples without a score are left out.
+    """Group scores by task, sources in the order in which they come up; samples without a score are left out.
 
     Args:
         names: of the plans.
         scores: ``(samples, 1 + plans)``, NaN in rows of samples that ask nothing.
         samples: in the order of the scores.
     """
-    rows: dict[tuple[str, Metric], list[int]] = {}
+    rows: dict[str, dict[Metric, list[int]]] = {}
     for row, sample in enumerate(samples):
         if not np.isnan(scores[row, 0]):
-            rows.setdefault((sample.source, sample.metric), []).append(row)
-    results = []
-    for (task, metric), of_task in rows.items():
-        columns = scores[of_task].T  # (1 + plans, samples of the task)
-        accuracy = tuple(
-            TaskAccuracy(name, float(column.mean()), ratio_interval(column, np.ones_like(column)))
-            for name, column in zip(("dense", *names), columns, strict=True)
-        )
-        results.append(TaskResult(task, metric, len(of_task), accuracy))
-    return tuple(results)
+            rows.setdefault(sample.source, {}).setdefault(sample.metric, []).append(row)
+    return tuple(
+        TaskResult(task, metric, len(found), _accuracy(names, scores[found]))
+        for task, by_metric in rows.items()
+        for metric, found in by_metric.items()
+    )
+
+
+def _accuracy(names: Sequence[str], scores: np.ndarray) -> tuple[TaskAccuracy, ...]:
+    return tuple(
+        TaskAccuracy(name, float(column.mean()), ratio_interval(column, np.ones_like(column)))
+        for name, column in zip(("dense", *names), scores.T, strict=True)
+    )
