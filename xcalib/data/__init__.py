@@ -1,7 +1,7 @@
 """Token sequences for calibration and evaluation of long-context models, and the split that keeps the two apart.
 
 Data are named by specs: ``builtin`` (a shipped corpus of prose, reference text, code and tables), ``ruler``
-(synthetic tasks in the style of RULER, arXiv 2404.06654), ``text:PATH``, ``jsonl:PATH[:FIELD]``,
+(synthetic tasks in the style of RULER, arXiv 2404.06654; ``ruler:all`` for its 13), ``text:PATH``, ``jsonl:PATH[:FIELD]``,
 ``hf:NAME[:CONFIG][:SPLIT]`` and ``package.module:function``; each may end with a weight such as ``@2``.
 """
 
@@ -82,14 +82,10 @@ def load_samples(
     counts = [sys.maxsize] * len(parsed)
     if num_samples is not None:
         counts = allocate([spec.weight for spec in parsed], num_samples)
-    made = []
-    for spec, count in zip(parsed, counts, strict=True):
-        part = replace(request, count=_within_limit(spec, count, limit))
-        samples = _load(spec, encoder, part, drops)
-        wanted = part.count if limit is None else 1
-        if len(samples) < wanted:
-            raise _too_few(spec, len(samples), replace(part, count=wanted), drops)
-        made.append(samples)
+    made = [
+        _enough(spec, encoder, replace(request, count=_within_limit(spec, count, limit)), drops)
+        for spec, count in zip(parsed, counts, strict=True)
+    ]
     ordered = tuple(_limited((made[i][k] for i, k in interleave([len(samples) for samples in made])), limit))
     names = (specs,) if isinstance(specs, str) else tuple(specs)
     return SampleSet(ordered, drops.summary(), names, split, seed)
@@ -125,6 +121,15 @@ def _limited(samples: Iterable[Sample], limit: int | None) -> list[Sample]:
             seen[sample.source] += 1
             kept.append(sample)
     return kept
+
+
+def _enough(spec: Spec, encoder: Encoder, request: Request, drops: Drops) -> list[Sample]:
+    """The samples of one spec: as many as asked for, or any at all under a limit."""
+    samples = _load(spec, encoder, request, drops)
+    wanted = request.count if request.limit is None else 1
+    if len(samples) < wanted:
+        raise _too_few(spec, len(samples), replace(request, count=wanted), drops)
+    return samples
 
 
 def _load(spec: Spec, encoder: Encoder, request: Request, drops: Drops) -> list[Sample]:
