@@ -13,6 +13,7 @@ from xcalib.cli import options as opt
 from xcalib.cli.ablate import ablate
 from xcalib.cli.bench import bench
 from xcalib.cli.by_length import evaluation_by_length, report_curves
+from xcalib.cli.by_task import task_table
 from xcalib.cli.convert import convert
 from xcalib.cli.demo import run_demo
 from xcalib.cli.diff import diff
@@ -210,7 +211,11 @@ def evaluate(
         list[float] | None, typer.Option(min=0, max=1, help="Measure a single tau the same way; may be repeated.")
     ] = None,
     data: opt.Data = None,
-    num_samples: opt.NumSamples = 6,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples, shared out among the data; default 6, or all that --limit lets through."),
+    ] = None,
+    limit: opt.Limit = None,
     max_length: Annotated[
         int | None, typer.Option(min=64, help="Tokens of the longest sample; default the calibration's.")
     ] = None,
@@ -247,7 +252,8 @@ def evaluate(
         data or (list(record.sources) if record else None),
         loaded,
         tokens,
-        num_samples=num_samples,
+        num_samples=num_samples or (None if limit else 6),
+        limit=limit,
         min_length=min_length,
         seed=seed,
         split="heldout",
@@ -259,6 +265,7 @@ def evaluate(
         identity = {
             "plans": {k: v.thresholds.tolist() for k, v in plans.items()},
             "data": samples.tokens_sha256,
+            "questions": samples.questions_sha256,
             "model": model,
         }
         units = Units(work, identity, resume=resume)
@@ -269,6 +276,8 @@ def evaluate(
     console.print(evaluation_table(found, f"{model}: dense against sparse, held out"))
     if found.by_length:
         console.print(evaluation_by_length(found))
+    if found.tasks:
+        console.print(task_table(found))
     console.print(by_layer_table(found))
     if as_json:
         print_json(found.to_dict())

@@ -16,7 +16,7 @@ from xcalib.models.loading import LoadedModel, load_model
 
 MODEL_HELP = "A Hugging Face id, a folder, a .gguf file, or 'demo'."
 DATA_HELP = (
-    "Data, may be given several times, each with a weight at its end (@2): builtin[:CATEGORY], ruler[:TASK,...], "
+    "Data, may be given several times, each with a weight at its end (@2): builtin[:CATEGORY], ruler[:TASK,... or :all], "
     "text:PATH, jsonl:PATH[:field], hf:NAME[:config][:split], or package.module:function."
 )
 
@@ -30,6 +30,15 @@ Lengths = Annotated[
         metavar="TOKENS,...",
         help="Several lengths instead of --max-length, as 1k,2k,4k (k is 1,024): --num-samples of each, and thresholds of their "
         "own for each.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="At most N samples of each task: of each ruler task, of each data set that the rows of a jsonl file name, and of "
+        "every other --data. Without --num-samples there are N of each, or as many as the data have.",
     ),
 ]
 MinLength = Annotated[
@@ -79,12 +88,13 @@ def read_samples(
     specs: list[str] | None,
     loaded: LoadedModel,
     *,
-    num_samples: int,
+    num_samples: int | None,
     max_length: int,
     min_length: int | None,
     seed: int,
     split: Split,
     exclude: tuple[str, ...] = (),
+    limit: int | None = None,
 ) -> SampleSet:
     """Samples of the given or default data; what was dropped is said on stderr."""
     check_positions(loaded, max_length)
@@ -96,6 +106,7 @@ def read_samples(
             seed=seed,
             split=split,
             exclude=exclude,
+            limit=limit,
             **arguments,
         )
     for reason, count in samples.dropped.items():

@@ -186,9 +186,8 @@ def _samples(
 def _evidence_identity(profile: Profile, heldout: SampleSet) -> dict[str, Any]:
     points = [(point.name, point.thresholds) for point in profile.points]
     bins = [part.model_dump() for part in profile.length_bins]
-    return {
-        "points": points, "bins": bins, "config": profile.model.config_sha256, "heldout data": heldout.tokens_sha256
-    }  # fmt: skip
+    data = {"heldout data": heldout.tokens_sha256, "heldout questions": heldout.questions_sha256}
+    return {"points": points, "bins": bins, "config": profile.model.config_sha256, **data}
 
 
 def build_profile(
