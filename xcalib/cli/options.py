@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from xcalib.cli.output import console, quiet_libraries, status
-from xcalib.collect import CollectSettings, Curves, measured_length
+from xcalib.collect import CollectSettings, Curves, Measure, measured_length
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, parse_lengths
 from xcalib.errors import CurvesError, DataError
 from xcalib.kernels import api as kernels
@@ -48,6 +48,12 @@ Seed = Annotated[int, typer.Option(min=0, help="Of windows, needles and everythi
 Stride = Annotated[int, typer.Option(help="Tokens per group of the scoring (S): 4, 8, 16, 32 or 64.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens per block (B): 64 or 128.")]
 Pattern = Annotated[kernels.Pattern, typer.Option(help="Which query of a group meets which key.")]
+Measures = Annotated[
+    list[Measure] | None,
+    typer.Option(
+        "--measure", help="Measure what --objective fisher or mass needs as well; may be given several times."
+    ),
+]
 GainSamples = Annotated[int, typer.Option(min=1, help="Samples that measure the layer gains.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there is one, else cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
@@ -59,13 +65,18 @@ DEFAULT_LENGTH = 2048  # tokens of a sample
 SIZES = {"stride": STRIDES, "block-size": BLOCK_SIZES}
 
 
-def collect_settings(stride: int, block_size: int, pattern: kernels.Pattern, gain_samples: int) -> CollectSettings:
+def collect_settings(
+    stride: int, block_size: int, pattern: kernels.Pattern, gain_samples: int, measures: Sequence[Measure] = ()
+) -> CollectSettings:
     """Checked settings of a measurement; a usage error names the option and what is allowed."""
     for option, value in (("stride", stride), ("block-size", block_size)):
         if value not in SIZES[option]:
             allowed = ", ".join(str(item) for item in SIZES[option])
             raise typer.BadParameter(f"{value!r} is not one of {allowed}", param_hint=f"--{option}")
-    return CollectSettings(stride=stride, block_size=block_size, pattern=pattern, gain_samples=gain_samples)
+    chosen = tuple(sorted(set(measures)))  # --resume takes them in any order
+    return CollectSettings(
+        stride=stride, block_size=block_size, pattern=pattern, gain_samples=gain_samples, measures=chosen
+    )
 
 
 def open_model(name: str, device: str | None, dtype: str, trust_remote_code: bool) -> LoadedModel:
