@@ -28,7 +28,7 @@ DEFAULT_GRID = (
 )
 FORMAT = 1
 ARRAYS = ("error", "energy", "kept", "visible", "tokens", "gain", "gain_kl", "gain_error", "joint_sum", "joint_kl")
-MAX_BYTES = 4 << 30  # a 128-layer, 128-head model with 256 samples and 32 levels takes 2 GiB
+MAX_BYTES = 8 << 30  # a 128-layer, 128-head model with 256 samples and 32 levels takes 2 GiB, and 4 with all measures
 
 
 @dataclass(frozen=True)

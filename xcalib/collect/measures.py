@@ -45,6 +45,8 @@ class Measures:
     def fisher(self, layers: Sequence[int]) -> np.ndarray:
         """The curves' ``fisher``: gradients of all samples first, then the errors that their covariance weighs.
 
+        The unit of a sample's gradients takes 8 bytes x layers x heads x head_dim^2: 134 MB with 32 layers of 32 heads of 128.
+
         Raises:
             ModelError: gradients are not finite.
         """
