@@ -35,6 +35,7 @@ __all__ = [
     "OperatingPoint",
     "Prediction",
     "Profile",
+    "SearchRound",
     "content_sha256",
     "dump_profile",
     "json_schema",
@@ -258,14 +259,29 @@ class Prediction(_Model):
     by_length: tuple[LengthPrediction, ...] | None = None
 
 
+class SearchRound(_Model):
+    """A step of the search from measurements with all layers sparse; KLs in nats per token on calibration samples.
+
+    expected: what the local model says of the KL after the step; measured: what it is; others: the same, each sample at the
+    step that the other samples asked for; density: blocks kept after it, in [0, 1]; taken: whether it was.
+    """
+
+    expected: Real
+    measured: Real
+    others: Real
+    density: Fraction
+    taken: Annotated[bool, Field(strict=True)]
+
+
 class OperatingPoint(_Model):
     """One named choice of all taus: thresholds[bin][layer][query head], each in [0, 1].
 
-    verified: whether the held-out figures meet the target by the rule of docs/search.md; False where they miss it or where
-    there are none, None where nobody asked (files written before there was the rule).
+    rounds: the steps after the first search, by length bin; None where none was tried. verified: whether the held-out figures
+    meet the target by the rule of docs/search.md; False where they miss it or where there are none, None where nobody asked
+    (files written before there was the rule).
     """
 
-    _later = frozenset({"verified"})
+    _later = frozenset({"verified", "rounds"})
 
     name: Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
     target: Text
@@ -276,6 +292,7 @@ class OperatingPoint(_Model):
     heldout: Evidence | None = None
     bound: Bound | None = None
     verified: Annotated[bool, Field(strict=True)] | None = None
+    rounds: tuple[tuple[SearchRound, ...], ...] | None = None
 
     @_model_validator(mode="after")
     def _check(self) -> "OperatingPoint":

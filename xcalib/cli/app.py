@@ -27,7 +27,7 @@ from xcalib.errors import ModelError, XcalibError
 from xcalib.evaluation import evaluate_plans, plans_to_evaluate
 from xcalib.models.structure import describe_model
 from xcalib.profile import load_profile
-from xcalib.search import Objective, SearchMethod, build_profile, parse_targets
+from xcalib.search import DEFAULT_ROUNDS, Objective, SearchMethod, build_profile, parse_targets
 from xcalib.search import search as search_model
 
 __all__ = ["app"]
@@ -105,6 +105,7 @@ def search(
     block_size: opt.BlockSize = 128,
     pattern: opt.Pattern = "antidiagonal",
     gain_samples: opt.GainSamples = 2,
+    rounds: opt.Rounds = DEFAULT_ROUNDS,
     curves: Annotated[Path | None, typer.Option(help="Use the curves of this folder instead of measuring.")] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
@@ -155,7 +156,8 @@ def search(
         with resumable("run the same command with --resume"), reporting_misses(out, as_json):
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
-                curves=measured, folder=folder, name=model, resume=resume, force=force, progress=progress, **chosen,
+                rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, progress=progress,
+                **chosen,
             )  # fmt: skip
     write_profile(profile, out, as_json)
 

@@ -49,6 +49,14 @@ Stride = Annotated[int, typer.Option(help="Tokens per group of the scoring (S): 
 BlockSize = Annotated[int, typer.Option(help="Tokens per block (B): 64 or 128.")]
 Pattern = Annotated[kernels.Pattern, typer.Option(help="Which query of a group meets which key.")]
 GainSamples = Annotated[int, typer.Option(min=1, help="Samples that measure the layer gains.")]
+Rounds = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Steps after the first search: measure with all layers sparse, search again (docs/search.md). Each takes about as "
+        "long as ten dense passes over the samples, for every target; 0 leaves them out.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there is one, else cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")]

@@ -12,10 +12,12 @@ from xcalib.search.knapsack import Choice, knapsack, knapsack_min_cost
 from xcalib.search.paper import PaperResult, paper_thresholds
 from xcalib.search.plan import Objective, Planned, SearchMethod, Tables, plan_point, uniform_thresholds
 from xcalib.search.profiles import DEFAULT_CALIBRATION, CalibrationData, build_profile, search
+from xcalib.search.sequential import DEFAULT_ROUNDS
 from xcalib.search.targets import DEFAULT_TARGETS, Target, parse_target, parse_targets
 
 __all__ = [
     "DEFAULT_CALIBRATION",
+    "DEFAULT_ROUNDS",
     "DEFAULT_TARGETS",
     "CalibrationData",
     "Choice",

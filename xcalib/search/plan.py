@@ -9,7 +9,7 @@ import numpy as np
 from xcalib.collect.allocate import TEMPER
 from xcalib.collect.curves import Curves
 from xcalib.errors import TargetError
-from xcalib.profile import Bound
+from xcalib.profile import Bound, SearchRound
 from xcalib.search.knapsack import knapsack, knapsack_min_cost
 from xcalib.search.paper import paper_thresholds
 from xcalib.search.targets import Target
@@ -31,12 +31,14 @@ class Planned:
         density: predicted, over the measured layers.
         kl: predicted, nats per token.
         bound: optimality record (knapsack only).
+        rounds: steps that were tried from there (:mod:`xcalib.search.sequential`).
     """
 
     thresholds: np.ndarray
     density: float
     kl: float
     bound: Bound | None
+    rounds: tuple[SearchRound, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

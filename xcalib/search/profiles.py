@@ -6,8 +6,8 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from xcalib.search.lengths import (
     worst_bound,
 )
 from xcalib.search.plan import AccuracyDrop, Objective, Planned, SearchMethod, Tables, plan_point
+from xcalib.search.sequential import DEFAULT_ROUNDS, Sequential
 from xcalib.search.targets import Target, parse_targets
 
 __all__ = ["DEFAULT_CALIBRATION", "CalibrationData", "build_profile", "search"]
@@ -45,6 +46,7 @@ _OBJECTIVE_NAMES = {
     "gain": "gain x output error",
     "plain": "output error",
 }
+Improve = Callable[[Target, Planned], Planned]
 _PACKAGES = ("xcalib", "torch", "transformers", "numpy")
 
 
@@ -82,6 +84,7 @@ def search(
     curves: Curves | Sequence[Curves] | None = None,
     folder: str | os.PathLike[str] | None = None,
     name: str | None = None,
+    rounds: int = DEFAULT_ROUNDS,
     resume: bool = False,
     force: bool = False,
     progress: Progress = silent,
@@ -105,6 +108,8 @@ def search(
         curves: measured before, of one length or of several; skips the measurement.
         folder: where curves and unfinished work are kept; default a temporary folder.
         name: what the user calls the model.
+        rounds: how often to measure with all layers sparse and search again, from what the knapsack found first
+            (:mod:`xcalib.search.sequential`); 0 leaves it out, and it is left out where the samples are not the curves'.
         resume: go on with what ``folder`` holds.
         force: return the profile although a point misses its target on held-out data; the point is marked unverified.
         progress: draws the work.
@@ -134,6 +139,9 @@ def search(
             objective=objective,
             start_threshold=start_threshold,
             accuracy_drop=_drop_meters(model, sets, measured, tokenizer, progress),
+            improve=_improvers(
+                model, sets, measured, objective, rounds if method == "knapsack" else 0, root, resume, progress
+            ),
         )
         if heldout is None:
             return profile
@@ -198,11 +206,12 @@ def build_profile(
     objective: Objective = "tempered",
     start_threshold: float = 0.9,
     accuracy_drop: AccuracyDrop | Sequence[AccuracyDrop | None] | None = None,
+    improve: Sequence[Improve] | None = None,
 ) -> Profile:
     """Search the curves for every target; the profile carries predictions and no held-out evidence, so its points are unverified.
 
     Curves of several lengths, in ascending order, give one length bin each, and every target is met in each of them
-    (docs/lengths.md). ``accuracy_drop`` then has one entry for each.
+    (docs/lengths.md). ``accuracy_drop`` and ``improve``, which goes on from what the curves give, then have one entry for each.
 
     Raises:
         TargetError: a target cannot be reached, at one of the lengths.
@@ -214,11 +223,10 @@ def build_profile(
     points = []
     for target in targets:
         planned = []
-        for table, drop in zip(tables, drops, strict=True):
+        for index, (table, drop) in enumerate(zip(tables, drops, strict=True)):
             with at_length(table.curves, target, len(sets)):
-                planned.append(
-                    plan_point(table, target, method=method, start_threshold=start_threshold, accuracy_drop=drop)
-                )
+                plan = plan_point(table, target, method=method, start_threshold=start_threshold, accuracy_drop=drop)
+                planned.append(improve[index](target, plan) if improve else plan)
         points.append(_point(sets, target, planned, method, objective))
     names = [target.name for target in targets]
     settings, model = sets[0].settings, sets[0].model
@@ -247,6 +255,7 @@ def _point(
         predicted=pooled_prediction(sets, planned),
         bound=worst_bound(planned),
         verified=False,
+        rounds=tuple(one.rounds for one in planned) if any(one.rounds for one in planned) else None,
     )
 
 
@@ -255,6 +264,34 @@ def _all_layers(curves: Curves, thresholds: np.ndarray) -> tuple[tuple[float, ..
     full = np.ones((int(curves.model["layers"]), thresholds.shape[1]))
     full[list(curves.layers)] = thresholds
     return tuple(tuple(float(tau) for tau in row) for row in full)
+
+
+def _improvers(
+    model: Any,
+    sets: Sequence[SampleSet],
+    measured: Sequence[Curves],
+    objective: Objective,
+    rounds: int,
+    root: Path,
+    resume: bool,
+    progress: Progress,
+) -> list[Improve] | None:
+    """For each length, what goes on from a plan by measuring with all layers sparse; None where nothing is to."""
+    same = [samples.tokens_sha256 for samples in sets] == [curves.calibration["tokens_sha256"] for curves in measured]
+    if rounds < 1 or not same:
+        return None
+
+    def improver(samples: SampleSet, curves: Curves) -> Improve:
+        identity = {"config": curves.model["config_sha256"], "data": samples.tokens_sha256}
+        settings = {key: str(value) for key, value in asdict(curves.settings).items()}
+        stamp = hashlib.sha256(json.dumps([identity, settings], sort_keys=True).encode()).hexdigest()[:16]
+        units = Units(
+            root / "rounds" / stamp, {**identity, **settings}, resume=True
+        )  # a unit's name says what it measured
+        work = Sequential(model, samples, Tables.of(curves, objective), units=units, progress=progress)
+        return lambda target, planned: work.improve(target, planned, rounds)
+
+    return [improver(samples, curves) for samples, curves in zip(sets, measured, strict=True)]
 
 
 def _drop_meters(
