@@ -94,20 +94,31 @@ Change = Annotated[float, Field(strict=True, le=1, allow_inf_nan=False)]  # of a
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", revalidate_instances="always")
 
-    # Keys that came after the first files: not written while None, so that those files keep their content_sha256.
+    # Keys that came after the first files: not written while they have their default, so that those files keep their
+    # content_sha256.
     _later: ClassVar[frozenset[str]] = frozenset()
 
     @_model_serializer(mode="wrap")
     def _without_later(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if value is not None or key not in self._later}
+        fields = type(self).model_fields
+        return {
+            key: value for key, value in handler(self).items() if key not in self._later or value != fields[key].default
+        }
 
 
 class Method(_Model):
-    """How scores are taken: group size S in tokens, block size B in tokens, and the pattern inside a group."""
+    """How blocks are chosen: group size S and block size B in tokens, the pattern inside a group, the order of preference.
+
+    order: "score" is the published rule; with "recent" the block before a row's own comes right after those always kept, which
+    is our own departure from it (docs/kernels.md).
+    """
+
+    _later = frozenset({"order"})
 
     stride: Annotated[Literal[4, 8, 16, 32, 64], BeforeValidator(_integer)]
     block_size: Annotated[Literal[64, 128], BeforeValidator(_integer)]
     pattern: Literal["antidiagonal", "diagonal", "random"] = "antidiagonal"
+    order: Literal["score", "recent"] = "score"
 
 
 SHAPE = ("model_type", "layers", "query_heads", "kv_heads", "head_dim")

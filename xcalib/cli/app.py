@@ -104,6 +104,7 @@ def search(
     stride: opt.Stride = 16,
     block_size: opt.BlockSize = 128,
     pattern: opt.Pattern = "antidiagonal",
+    order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
     rounds: opt.Rounds = DEFAULT_ROUNDS,
     curves: Annotated[Path | None, typer.Option(help="Use the curves of this folder instead of measuring.")] = None,
@@ -139,7 +140,7 @@ def search(
             raise typer.BadParameter("give MODEL, or --curves FOLDER", param_hint="MODEL")
         profile = build_profile(measured, targets, **chosen)
     else:
-        settings = opt.collect_settings(stride, block_size, pattern, gain_samples)
+        settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
         loaded = opt.open_model(model, device, dtype, trust_remote_code)
         if measured is not None:
             _same_model(measured[0].model, loaded)
@@ -183,6 +184,7 @@ def collect(
     stride: opt.Stride = 16,
     block_size: opt.BlockSize = 128,
     pattern: opt.Pattern = "antidiagonal",
+    order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
@@ -192,7 +194,7 @@ def collect(
 ) -> None:
     """Measure the curves of every head and the layer gains, and keep them for `xcalib search --curves`."""
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
-    settings = opt.collect_settings(stride, block_size, pattern, gain_samples)
+    settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
     loaded = opt.open_model(model, device, dtype, trust_remote_code)
     samples = opt.read_sets(
         data, loaded, tokens, num_samples=num_samples, min_length=min_length, seed=seed, split="calibration"
@@ -265,7 +267,7 @@ def evaluate(
     units = None
     if work is not None:
         identity = {
-            "plans": {k: v.thresholds.tolist() for k, v in plans.items()},
+            "plans": {k: v.record() for k, v in plans.items()},
             "data": samples.tokens_sha256,
             "questions": samples.questions_sha256,
             "model": model,

@@ -48,6 +48,12 @@ Seed = Annotated[int, typer.Option(min=0, help="Of windows, needles and everythi
 Stride = Annotated[int, typer.Option(help="Tokens per group of the scoring (S): 4, 8, 16, 32 or 64.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens per block (B): 64 or 128.")]
 Pattern = Annotated[kernels.Pattern, typer.Option(help="Which query of a group meets which key.")]
+Order = Annotated[
+    kernels.Order,
+    typer.Option(
+        help="Of preference: recent takes the block before a row's own right after those always kept, score is the paper's."
+    ),
+]
 GainSamples = Annotated[int, typer.Option(min=1, help="Samples that measure the layer gains.")]
 Rounds = Annotated[
     int,
@@ -67,13 +73,17 @@ DEFAULT_LENGTH = 2048  # tokens of a sample
 SIZES = {"stride": STRIDES, "block-size": BLOCK_SIZES}
 
 
-def collect_settings(stride: int, block_size: int, pattern: kernels.Pattern, gain_samples: int) -> CollectSettings:
+def collect_settings(
+    stride: int, block_size: int, pattern: kernels.Pattern, order: kernels.Order, gain_samples: int
+) -> CollectSettings:
     """Checked settings of a measurement; a usage error names the option and what is allowed."""
     for option, value in (("stride", stride), ("block-size", block_size)):
         if value not in SIZES[option]:
             allowed = ", ".join(str(item) for item in SIZES[option])
             raise typer.BadParameter(f"{value!r} is not one of {allowed}", param_hint=f"--{option}")
-    return CollectSettings(stride=stride, block_size=block_size, pattern=pattern, gain_samples=gain_samples)
+    return CollectSettings(
+        stride=stride, block_size=block_size, pattern=pattern, order=order, gain_samples=gain_samples
+    )
 
 
 def open_model(name: str, device: str | None, dtype: str, trust_remote_code: bool) -> LoadedModel:

@@ -98,6 +98,7 @@ class Sweeper:
                 block_size=settings.block_size,
                 scale=call.scale,
                 pattern=settings.pattern,
+                order=settings.order,
             )
         except ValueError as error:
             raise ModelError(

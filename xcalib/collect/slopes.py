@@ -76,7 +76,8 @@ class SlopeMeter:
             query, key, stride=settings.stride, block_size=size, scale=call.scale, pattern=settings.pattern
         )
         grid = torch.tensor(settings.grid, dtype=torch.float64, device=query.device)
-        level = block_levels(scores, grid, Geometry(query.shape[2], key.shape[2], size, True))  # (B, Hq, nq, nk)
+        geometry = Geometry(query.shape[2], key.shape[2], size, True)
+        level = block_levels(scores, grid, geometry, settings.order)  # (B, Hq, nq, nk)
         mask = level <= levels[:, None, None]
         output = masked_attention(call.query, call.key, call.value, mask, block_size=size, scale=call.scale)
         if not output.requires_grad:  # the first layer: nothing before it asks for gradients

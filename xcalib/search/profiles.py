@@ -195,7 +195,8 @@ def _evidence_identity(profile: Profile, heldout: SampleSet) -> dict[str, Any]:
     points = [(point.name, point.thresholds) for point in profile.points]
     bins = [part.model_dump() for part in profile.length_bins]
     data = {"heldout data": heldout.tokens_sha256, "heldout questions": heldout.questions_sha256}
-    return {"points": points, "bins": bins, "config": profile.model.config_sha256, **data}
+    method = profile.method.model_dump()
+    return {"points": points, "bins": bins, "method": method, "config": profile.model.config_sha256, **data}
 
 
 def build_profile(
@@ -232,7 +233,7 @@ def build_profile(
     settings, model = sets[0].settings, sets[0].model
     somewhere = {layer for one in sets for layer in one.layers}
     return make_profile(
-        method={"stride": settings.stride, "block_size": settings.block_size, "pattern": settings.pattern},
+        method={key: getattr(settings, key) for key in ("stride", "block_size", "pattern", "order")},
         model=model,
         dense_layers=tuple(layer for layer in range(int(model["layers"])) if layer not in somewhere),
         length_bins=length_bins(sets),
@@ -314,15 +315,10 @@ def _drop_meter(
 
     def measure(candidates: list[np.ndarray]) -> list[float]:
         settings = curves.settings
+        method = (settings.stride, settings.block_size, settings.pattern, ((0, None),))
         plans = {
-            str(number): SparsePlan(
-                settings.stride,
-                settings.block_size,
-                settings.pattern,
-                ((0, None),),
-                torch.tensor(_all_layers(curves, thresholds))[None],
-            )
-            for number, thresholds in enumerate(candidates)
+            str(number): SparsePlan(*method, torch.tensor(_all_layers(curves, taus))[None], order=settings.order)
+            for number, taus in enumerate(candidates)
         }
         data = SampleSet(samples=asking, dropped={}, specs=samples.specs, split=samples.split, seed=samples.seed)
         found = evaluate_plans(model, data, plans, tokenizer=tokenizer, progress=progress)
