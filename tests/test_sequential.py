@@ -81,23 +81,26 @@ def dense_hidden(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def kl_with_a_head_between(
     model: Any,
-    curves: Curves,
     tokens: torch.Tensor,
     levels: np.ndarray,
     head: tuple[int, int],
     other: int,
     share: float,
+    chosen: dict[int, Any],
 ) -> float:
-    """KL when one head's output lies ``share`` of the way from its level's to another level's."""
+    """KL when one head's output lies ``share`` of the way from its level's to another level's.
+
+    ``chosen`` keeps each layer's blocks by level from the first call, for a slope knows nothing of blocks that change places.
+    """
     grid = torch.tensor(SETTINGS.grid, dtype=torch.float64)
 
     def compute(call: AttentionCall) -> torch.Tensor:
         geometry = Geometry(call.query.shape[2], call.key.shape[2], 64, True)
         scores = estimate_blocks(call.query, call.key, block_size=64, scale=call.scale)
-        level = block_levels(scores, grid, geometry, SETTINGS.order)
+        level = chosen.setdefault(call.layer, block_levels(scores, grid, geometry, SETTINGS.order))
 
-        def at(chosen: torch.Tensor) -> torch.Tensor:
-            mask = level <= chosen[:, None, None]
+        def at(taken: torch.Tensor) -> torch.Tensor:
+            mask = level <= taken[:, None, None]
             return block_sparse_attention(call.query, call.key, call.value, mask, block_size=64, scale=call.scale)
 
         own = torch.tensor(levels[call.layer])
@@ -121,9 +124,12 @@ def test_slopes_are_the_derivative_of_the_kl(model: Any, samples: Any, curves: C
     dense = dense_hidden(model, tokens).numpy()
     together = GainMeter(model, SETTINGS, levels.shape[1]).together(tokens, curves.layers, thresholds, dense)
     assert found.kl == pytest.approx(float(together[0]), rel=1e-3)
+    chosen: dict[int, Any] = {}
+    unchanged = kl_with_a_head_between(model, tokens, levels, (0, 0), 0, 0.0, chosen)
+    assert unchanged == pytest.approx(found.kl, rel=1e-3)
     for layer, head, other in [(0, 1, 6), (1, 0, 0), (2, 3, 3)]:
         ends = [
-            kl_with_a_head_between(model, curves, tokens, levels, (layer, head), other, share) for share in (-0.1, 0.1)
+            kl_with_a_head_between(model, tokens, levels, (layer, head), other, share, chosen) for share in (-0.1, 0.1)
         ]
         slope = found.slope[layer, head, other] - found.slope[layer, head, levels[layer, head]]
         assert slope == pytest.approx((ends[1] - ends[0]) / 0.2, rel=0.05, abs=2e-6)
