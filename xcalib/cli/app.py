@@ -27,7 +27,7 @@ from xcalib.errors import ModelError, XcalibError
 from xcalib.evaluation import evaluate_plans, plans_to_evaluate
 from xcalib.models.structure import describe_model
 from xcalib.profile import load_profile
-from xcalib.search import DEFAULT_ROUNDS, Objective, SearchMethod, build_profile, parse_targets
+from xcalib.search import DEFAULT_ROUNDS, Objective, SearchMethod, build_profile, parse_targets, require_measured
 from xcalib.search import search as search_model
 
 __all__ = ["app"]
@@ -98,7 +98,10 @@ def search(
     method: Annotated[SearchMethod, typer.Option(help="paper is the published recurrence.")] = "knapsack",
     objective: Annotated[
         Objective,
-        typer.Option(help="gain: layer gain x output error; tempered: that to the power of 0.75; plain: output error."),
+        typer.Option(
+            help="gain: layer gain x output error; tempered: that to the power of 0.75; plain: output error; fisher: "
+            "Fisher-weighted output error; mass: attention mass left out."
+        ),
     ] = "tempered",
     start_threshold: Annotated[float, typer.Option(min=0.01, max=1, help="Of --method paper.")] = 0.9,
     stride: opt.Stride = 16,
@@ -134,6 +137,8 @@ def search(
     measured = load_curve_sets(curves) if curves else None
     if measured is not None:
         tokens = opt.lengths_of_curves(measured, tokens, given=bool(lengths or max_length))
+        for one in measured:  # before the model is loaded
+            require_measured(one, objective)
     chosen: dict[str, Any] = {"method": method, "objective": objective, "start_threshold": start_threshold}
     if model is None:
         if measured is None:
@@ -186,6 +191,7 @@ def collect(
     pattern: opt.Pattern = "antidiagonal",
     order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
+    measure: opt.Measures = None,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
@@ -194,7 +200,7 @@ def collect(
 ) -> None:
     """Measure the curves of every head and the layer gains, and keep them for `xcalib search --curves`."""
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
-    settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
+    settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples, measure or ())
     loaded = opt.open_model(model, device, dtype, trust_remote_code)
     samples = opt.read_sets(
         data, loaded, tokens, num_samples=num_samples, min_length=min_length, seed=seed, split="calibration"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from xcalib.cli.output import console, quiet_libraries, status
-from xcalib.collect import CollectSettings, Curves, measured_length
+from xcalib.collect import CollectSettings, Curves, Measure, measured_length
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, parse_lengths
 from xcalib.errors import CurvesError, DataError
 from xcalib.kernels import api as kernels
@@ -54,6 +54,12 @@ Order = Annotated[
         help="Of preference: recent takes the block before a row's own right after those always kept, score is the paper's."
     ),
 ]
+Measures = Annotated[
+    list[Measure] | None,
+    typer.Option(
+        "--measure", help="Measure what --objective fisher or mass needs as well; may be given several times."
+    ),
+]
 GainSamples = Annotated[int, typer.Option(min=1, help="Samples that measure the layer gains.")]
 Rounds = Annotated[
     int,
@@ -74,15 +80,21 @@ SIZES = {"stride": STRIDES, "block-size": BLOCK_SIZES}
 
 
 def collect_settings(
-    stride: int, block_size: int, pattern: kernels.Pattern, order: kernels.Order, gain_samples: int
+    stride: int,
+    block_size: int,
+    pattern: kernels.Pattern,
+    order: kernels.Order,
+    gain_samples: int,
+    measures: Sequence[Measure] = (),
 ) -> CollectSettings:
     """Checked settings of a measurement; a usage error names the option and what is allowed."""
     for option, value in (("stride", stride), ("block-size", block_size)):
         if value not in SIZES[option]:
             allowed = ", ".join(str(item) for item in SIZES[option])
             raise typer.BadParameter(f"{value!r} is not one of {allowed}", param_hint=f"--{option}")
+    chosen = tuple(sorted(set(measures)))  # --resume takes them in any order
     return CollectSettings(
-        stride=stride, block_size=block_size, pattern=pattern, order=order, gain_samples=gain_samples
+        stride=stride, block_size=block_size, pattern=pattern, order=order, gain_samples=gain_samples, measures=chosen
     )
 
 

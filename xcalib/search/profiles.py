@@ -35,17 +35,13 @@ from xcalib.search.lengths import (
     refuse_unreachable,
     worst_bound,
 )
-from xcalib.search.plan import AccuracyDrop, Objective, Planned, SearchMethod, Tables, plan_point
+from xcalib.search.objectives import OBJECTIVE_NAMES, Objective, measuring
+from xcalib.search.plan import AccuracyDrop, Planned, SearchMethod, Tables, plan_point
 from xcalib.search.sequential import DEFAULT_ROUNDS, Sequential
 from xcalib.search.targets import Target, parse_targets
 
 __all__ = ["DEFAULT_CALIBRATION", "CalibrationData", "build_profile", "search"]
 
-_OBJECTIVE_NAMES = {
-    "tempered": "(gain x output error)^0.75",
-    "gain": "gain x output error",
-    "plain": "output error",
-}
 Improve = Callable[[Target, Planned], Planned]
 _PACKAGES = ("xcalib", "torch", "transformers", "numpy")
 
@@ -102,7 +98,8 @@ def search(
         heldout: samples for the evidence; none with ``data`` given as samples means no evidence, and unverified points.
         amount: how much data to take from specs, and of which lengths; default those of several ``curves``.
         method: ``knapsack`` or ``paper``.
-        objective: ``tempered`` ((layer gain x output error)^0.75), ``gain`` (without the power) or ``plain`` (output error).
+        objective: ``tempered`` ((layer gain x output error)^0.75), ``gain`` (without the power), ``plain`` (output error),
+            ``fisher`` (Fisher-weighted output error) or ``mass`` (attention mass left out).
         start_threshold: of the paper's method.
         settings: of the measurement.
         curves: measured before, of one length or of several; skips the measurement.
@@ -128,7 +125,8 @@ def search(
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(folder if folder is not None else temporary)
         if measured is None:
-            refuse_unreachable(targets, sets, (settings or CollectSettings()).block_size)
+            settings = measuring(settings or CollectSettings(), objective)
+            refuse_unreachable(targets, sets, settings.block_size)
             measured = collect_lengths(
                 model, sets, root / "curves", settings=settings, name=name, resume=resume, progress=progress
             )
@@ -250,7 +248,7 @@ def _point(
     return OperatingPoint(
         name=target.name,
         target=str(target),
-        objective=_OBJECTIVE_NAMES[objective],
+        objective=OBJECTIVE_NAMES[objective],
         method=method,
         thresholds=tuple(_all_layers(curves, one.thresholds) for curves, one in zip(sets, planned, strict=True)),
         predicted=pooled_prediction(sets, planned),
