@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -55,9 +55,11 @@ Order = Annotated[
     ),
 ]
 Measures = Annotated[
-    list[Measure] | None,
+    list[str] | None,
     typer.Option(
-        "--measure", help="Measure what --objective fisher or mass needs as well; may be given several times."
+        "--measure",
+        metavar="fisher|mass",
+        help="Measure also what --objective fisher or mass needs; may be given several times.",
     ),
 ]
 GainSamples = Annotated[int, typer.Option(min=1, help="Samples that measure the layer gains.")]
@@ -85,14 +87,17 @@ def collect_settings(
     pattern: kernels.Pattern,
     order: kernels.Order,
     gain_samples: int,
-    measures: Sequence[Measure] = (),
+    measures: Sequence[str] = (),
 ) -> CollectSettings:
     """Checked settings of a measurement; a usage error names the option and what is allowed."""
     for option, value in (("stride", stride), ("block-size", block_size)):
         if value not in SIZES[option]:
             allowed = ", ".join(str(item) for item in SIZES[option])
             raise typer.BadParameter(f"{value!r} is not one of {allowed}", param_hint=f"--{option}")
-    chosen = tuple(sorted(set(measures)))  # --resume takes them in any order
+    for name in measures:
+        if name not in get_args(Measure):
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(get_args(Measure))}", param_hint="--measure")
+    chosen = tuple(name for name in get_args(Measure) if name in measures)  # --resume takes them in any order
     return CollectSettings(
         stride=stride, block_size=block_size, pattern=pattern, order=order, gain_samples=gain_samples, measures=chosen
     )
