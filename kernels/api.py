@@ -12,6 +12,7 @@ from xcalib.kernels.arguments import (
     HEAD_DIMS,
     STRIDES,
     Backend,
+    Order,
     Pattern,
     Policy,
     Precision,
@@ -20,6 +21,7 @@ from xcalib.kernels.arguments import (
     check_grid,
     check_mask,
     check_method,
+    check_order,
     check_projection,
     check_scores,
     limits_of,
@@ -35,6 +37,7 @@ __all__ = [
     "HEAD_DIMS",
     "STRIDES",
     "Backend",
+    "Order",
     "Pattern",
     "Policy",
     "Precision",
@@ -115,12 +118,18 @@ def select_blocks(
     block_size: int = 128,
     causal: bool = True,
     policy: Policy = "threshold",
+    order: Order = "score",
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """The fewest key blocks of each row whose probability reaches the threshold (paper section 2.2).
 
     The sink (key block 0) and the blocks that hold the row's own positions are always kept and count towards the
-    threshold. Ties go to the lower block index. 0 keeps only those; 1 keeps every visible block.
+    threshold. The others follow by score, ties by the lower block index. 0 keeps only those that are always kept; 1 keeps every
+    visible block.
+
+    ``order="recent"`` departs from the paper: right after the blocks always kept comes the one before the row's own, whatever its
+    score, for the score is a mean over the row and the row's first queries look there. It counts towards the threshold, and is
+    not kept where those always kept reach the threshold.
 
     Args:
         scores: fp32 ``(batch, q_heads, q_blocks, k_blocks)`` from :func:`estimate_blocks`.
@@ -132,6 +141,7 @@ def select_blocks(
         block_size: tokens per block (B), 64 or 128.
         causal: as the scores were made.
         policy: ``"threshold"``, ``"top-k"`` or ``"ratio"``.
+        order: of preference among the blocks that are not always kept: ``"score"`` (the paper's) or ``"recent"``.
         backend: as in :func:`estimate_blocks`.
 
     Returns:
@@ -144,14 +154,15 @@ def select_blocks(
     check_scores(scores, geometry)
     if policy not in ("threshold", "top-k", "ratio"):
         raise ValueError(f"policy is {policy!r}, allowed are 'threshold', 'top-k' and 'ratio'")
+    check_order(order)
     limits = limits_of(threshold, scores.shape[1], upper=math.inf if policy == "top-k" else 1.0)
     if policy == "top-k" and not torch.equal(limits, limits.round()):
         raise ValueError(f"threshold is {limits.tolist()}, expected whole numbers of blocks for policy 'top-k'")
     if resolve(backend, scores) == "triton":
         from xcalib.kernels import selection
 
-        return selection.mask_from_lists(selection.select_blocks(scores, limits, geometry, policy), geometry)
-    return reference.select_blocks(scores, limits, geometry, policy)
+        return selection.mask_from_lists(selection.select_blocks(scores, limits, geometry, policy, order), geometry)
+    return reference.select_blocks(scores, limits, geometry, policy, order)
 
 
 def block_sparse_attention(
@@ -204,6 +215,7 @@ def xattention(
     causal: bool = True,
     scale: float | None = None,
     pattern: Pattern = "antidiagonal",
+    order: Order = "score",
     precision: Precision = "native",
     backend: Backend | None = None,
 ) -> torch.Tensor:
@@ -219,6 +231,7 @@ def xattention(
         causal: whether a query sees only keys up to its own position.
         scale: factor of the dot product, default ``1 / sqrt(head_dim)``.
         pattern: as in :func:`estimate_blocks`.
+        order: of preference, as in :func:`select_blocks`.
         precision: of the scores, as in :func:`estimate_blocks`.
         backend: as in :func:`estimate_blocks`.
 
@@ -240,6 +253,7 @@ def xattention(
         causal=causal,
         scale=scale,
         pattern=pattern,
+        order=order,
         precision=precision,
         backend=backend,
     )
@@ -257,6 +271,7 @@ def attend(
     causal: bool = True,
     scale: float | None = None,
     pattern: Pattern = "antidiagonal",
+    order: Order = "score",
     precision: Precision = "native",
     backend: Backend | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,6 +287,7 @@ def attend(
         causal: whether a query sees only keys up to its own position.
         scale: factor of the dot product, default ``1 / sqrt(head_dim)``.
         pattern: as in :func:`estimate_blocks`.
+        order: of preference, as in :func:`select_blocks`.
         precision: as in :func:`estimate_blocks`.
         backend: as in :func:`estimate_blocks`.
 
@@ -282,13 +298,13 @@ def attend(
         ValueError: a shape, dtype or setting is not as above.
     """
     geometry = check_attention(query, key, value, block_size, causal)
-    check_method(stride, pattern, precision)
+    check_method(stride, pattern, precision, order)
     factor = scale_of(scale, query)
     if resolve(backend, query, key, value) == "triton":
         from xcalib.kernels import pipeline
 
         settings: dict[str, Any] = {"stride": stride, "scale": factor, "pattern": pattern, "precision": precision}
-        return pipeline.attend(query, key, value, thresholds, geometry, **settings)
+        return pipeline.attend(query, key, value, thresholds, geometry, order=order, **settings)
     refuse_fp8(precision)
     scores = reference.estimate_blocks(
         query,
@@ -300,7 +316,7 @@ def attend(
         pattern=pattern,
         seed=0,
     )
-    mask = reference.select_blocks(scores, thresholds, geometry, "threshold")
+    mask = reference.select_blocks(scores, thresholds, geometry, "threshold", order)
     return reference.block_sparse_attention(query, key, value, mask, geometry, factor), mask.sum(-1, dtype=torch.int32)
 
 
@@ -316,6 +332,7 @@ def sweep_thresholds(
     causal: bool = True,
     scale: float | None = None,
     pattern: Pattern = "antidiagonal",
+    order: Order = "score",
     backend: Backend | None = None,
 ) -> SweepResult:
     """What every threshold of a grid costs and does to each head, in one pass over the blocks in order of level.
@@ -331,6 +348,7 @@ def sweep_thresholds(
         causal: whether a query sees only keys up to its own position.
         scale: factor of the dot product, default ``1 / sqrt(head_dim)``.
         pattern: as in :func:`estimate_blocks`.
+        order: of preference, as in :func:`select_blocks`.
         backend: as in :func:`estimate_blocks`.
 
     Returns:
@@ -340,7 +358,7 @@ def sweep_thresholds(
         ValueError: an argument is not as above, is not finite, or gives logits more than 700 apart in one row.
     """
     geometry = check_attention(query, key, value, block_size, causal)
-    check_method(stride, pattern)
+    check_method(stride, pattern, order=order)
     check_grid(grid)
     check_projection(projection, query)
     for name, tensor in (("query", query), ("key", key), ("value", value), ("projection", projection)):
@@ -360,9 +378,9 @@ def sweep_thresholds(
     if resolve(backend, query, key, value) == "triton":
         from xcalib.kernels import sweep
 
-        result = sweep.sweep_thresholds(*arguments)
+        result = sweep.sweep_thresholds(*arguments, order)
     else:
-        result = reference.sweep_thresholds(*arguments)
+        result = reference.sweep_thresholds(*arguments, order)
     if not bool(result.error.isfinite().all()):
         raise ValueError("query and key give attention logits that overflow or lie more than 700 apart in one row")
     return result

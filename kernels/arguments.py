@@ -13,6 +13,7 @@ __all__ = [
     "HEAD_DIMS",
     "STRIDES",
     "Backend",
+    "Order",
     "Pattern",
     "Policy",
     "Precision",
@@ -23,6 +24,7 @@ __all__ = [
     "check_lengths",
     "check_mask",
     "check_method",
+    "check_order",
     "check_projection",
     "check_scores",
     "check_shapes",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 Backend = Literal["reference", "triton"]
+Order = Literal["score", "recent"]
 Pattern = Literal["antidiagonal", "diagonal", "random"]
 Policy = Literal["threshold", "top-k", "ratio"]
 Precision = Literal["native", "fp8"]
@@ -89,13 +92,19 @@ def check_lengths(q_len: int, k_len: int) -> None:
         )
 
 
-def check_method(stride: int, pattern: str, precision: str = "native") -> None:
+def check_method(stride: int, pattern: str, precision: str = "native", order: str = "score") -> None:
     if stride not in STRIDES or not isinstance(stride, int):
         raise ValueError(f"stride is {stride!r}, allowed are {STRIDES}")
     if pattern not in ("antidiagonal", "diagonal", "random"):
         raise ValueError(f"pattern is {pattern!r}, allowed are 'antidiagonal', 'diagonal' and 'random'")
     if precision not in ("native", "fp8"):
         raise ValueError(f"precision is {precision!r}, allowed are 'native' and 'fp8'")
+    check_order(order)
+
+
+def check_order(order: str) -> None:
+    if order not in ("score", "recent"):
+        raise ValueError(f"order is {order!r}, allowed are 'score' and 'recent'")
 
 
 def refuse_fp8(precision: str) -> None:

@@ -66,6 +66,12 @@ class Geometry:
         blocks = torch.arange(self.k_blocks, device=device)
         return (blocks == 0) | ((blocks >= first[:, None]) & (blocks <= last[:, None]))
 
+    def previous(self, device: torch.device | None = None) -> torch.Tensor:
+        """Bool ``(q_blocks, k_blocks)``: the key block before each query block's own; none where that is the sink or missing."""
+        first, _ = self._own_blocks(device)
+        blocks = torch.arange(self.k_blocks, device=device)
+        return (blocks > 0) & (blocks == first[:, None] - 1)
+
     @property
     def visible_count(self) -> int:
         """Blocks that dense attention computes for one head of one sequence."""

@@ -3,7 +3,7 @@
 import torch
 
 from xcalib.kernels.api import estimate_blocks
-from xcalib.kernels.arguments import Pattern, check_attention, check_grid, check_method, scale_of
+from xcalib.kernels.arguments import Order, Pattern, check_attention, check_grid, check_method, scale_of
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.reference import block_levels
 
@@ -19,6 +19,7 @@ def dropped_mass(
     block_size: int = 128,
     scale: float | None = None,
     pattern: Pattern = "antidiagonal",
+    order: Order = "score",
 ) -> torch.Tensor:
     """True attention probability (not the estimated one) outside the blocks that each threshold keeps; causal.
 
@@ -30,6 +31,7 @@ def dropped_mass(
         block_size: tokens per block (B).
         scale: factor of the dot product, default ``1 / sqrt(head_dim)``.
         pattern: as in :func:`xcalib.kernels.estimate_blocks`.
+        order: of preference, as in :func:`xcalib.kernels.select_blocks`.
 
     Returns:
         fp64 ``(q_heads, levels)``, in [0, 1] per token and summed over batch and tokens.
@@ -38,11 +40,11 @@ def dropped_mass(
         ValueError: an argument is not as above.
     """
     geometry = check_attention(query, key, None, block_size, True)
-    check_method(stride, pattern)
+    check_method(stride, pattern, order=order)
     check_grid(grid)
     factor = scale_of(scale, query)
     scores = estimate_blocks(query, key, stride=stride, block_size=block_size, scale=factor, pattern=pattern)
-    level = block_levels(scores, grid.to(query.device), geometry)  # (B, Hq, nq, nk)
+    level = block_levels(scores, grid.to(query.device), geometry, order)  # (B, Hq, nq, nk)
     total = torch.zeros((query.shape[1], len(grid) + 1), dtype=torch.float64, device=query.device)
     for row in range(geometry.q_blocks):
         blocks = geometry.visible_k_blocks(row)

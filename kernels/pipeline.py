@@ -22,6 +22,7 @@ def choose_blocks(
     scale: float,
     pattern: str,
     precision: str,
+    order: str = "score",
 ) -> BlockLists:
     """Scoring and selection, a few key heads at a time when the log-sum-exps would take more than ``LSE_BYTES``.
 
@@ -34,6 +35,7 @@ def choose_blocks(
         scale: factor of the dot product.
         pattern: of the scored samples.
         precision: of the scores, ``"native"`` or ``"fp8"``.
+        order: of preference, ``"score"`` or ``"recent"``.
     """
     batch, q_heads, q_len, _ = query.shape
     k_heads = key.shape[1]
@@ -53,7 +55,8 @@ def choose_blocks(
             precision=precision,
             k_heads=heads,
         )
-        parts.append(select_from_lse(lse, limits[heads.start * group : heads.stop * group], geometry, stride))
+        of_heads = limits[heads.start * group : heads.stop * group]
+        parts.append(select_from_lse(lse, of_heads, geometry, stride, order=order))
     if len(parts) == 1:
         return parts[0]
     return BlockLists(torch.cat([part.indices for part in parts], 1), torch.cat([part.counts for part in parts], 1))
@@ -70,6 +73,7 @@ def attend(
     scale: float,
     pattern: str,
     precision: str,
+    order: str = "score",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Score, select and attend; arguments as in :func:`choose_blocks`, ``value`` like ``key``.
 
@@ -78,6 +82,6 @@ def attend(
         wait.
     """
     lists = choose_blocks(
-        query, key, limits, geometry, stride=stride, scale=scale, pattern=pattern, precision=precision
+        query, key, limits, geometry, stride=stride, scale=scale, pattern=pattern, precision=precision, order=order
     )
     return block_sparse_attention(query, key, value, lists, geometry, scale), lists.counts

@@ -91,31 +91,36 @@ def estimate_blocks(
     return scores
 
 
-def _ranking(scores: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    """Order of preference in each row: always kept first, then by score, ties by the lower block index, invisible last.
+def _ranking(scores: torch.Tensor, geometry: Geometry, order: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Preference in each row: always kept first, then by score, ties by the lower block index, invisible last.
+
+    By order ``recent`` the block before the row's own comes between those always kept and the others.
 
     Returns:
-        (int64 order like ``scores``, bool always-kept flags ``(q_blocks, k_blocks)``).
+        (int64 block indices like ``scores``, the preferred first; bool always-kept flags ``(q_blocks, k_blocks)``).
     """
     visible = geometry.visible(scores.device)
     forced = geometry.always_kept(scores.device) & visible
-    preference = scores.masked_fill(~visible, -torch.inf).masked_fill(forced, torch.inf)
+    preference = scores.masked_fill(~visible, -torch.inf)
+    if order == "recent":
+        preference.masked_fill_(geometry.previous(scores.device), torch.finfo(torch.float32).max)
+    preference.masked_fill_(forced, torch.inf)
     return preference.argsort(dim=-1, descending=True, stable=True), forced
 
 
-def cut_offs(scores: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+def cut_offs(scores: torch.Tensor, geometry: Geometry, order: str = "score") -> torch.Tensor:
     """The limit above which each block is kept: the probability of everything preferred to it, in units of ``1 / ONE``.
 
     Returns:
         int64 like ``scores``: ALWAYS for the sink and own blocks, NEVER for invisible ones; a block is kept at a threshold
         when its cut-off is below :func:`_fixed_limits` of that threshold. Rows must sum to less than 2,048.
     """
-    order, forced = _ranking(scores, geometry)
+    ranking, forced = _ranking(scores, geometry, order)
     visible = geometry.visible(scores.device)
     fixed = (scores.masked_fill(~visible, 0.0).double() * ONE).long()  # the product is exact, .long() truncates
-    ranked = fixed.gather(-1, order)
-    before = ranked.cumsum_(-1).sub_(fixed.gather(-1, order))
-    return fixed.scatter_(-1, order, before).masked_fill_(forced, ALWAYS).masked_fill_(~visible, NEVER)
+    ranked = fixed.gather(-1, ranking)
+    before = ranked.cumsum_(-1).sub_(fixed.gather(-1, ranking))
+    return fixed.scatter_(-1, ranking, before).masked_fill_(forced, ALWAYS).masked_fill_(~visible, NEVER)
 
 
 def _fixed_limits(threshold: torch.Tensor) -> torch.Tensor:
@@ -124,20 +129,22 @@ def _fixed_limits(threshold: torch.Tensor) -> torch.Tensor:
     return (tau * ONE).ceil().long().masked_fill_(tau >= 1, NEVER)
 
 
-def block_levels(scores: torch.Tensor, grid: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+def block_levels(scores: torch.Tensor, grid: torch.Tensor, geometry: Geometry, order: str = "score") -> torch.Tensor:
     """The first of ascending thresholds that keeps each block: int64 like ``scores``, ``len(grid)`` for invisible ones."""
-    return torch.searchsorted(_fixed_limits(grid), cut_offs(scores, geometry), right=True)
+    return torch.searchsorted(_fixed_limits(grid), cut_offs(scores, geometry, order), right=True)
 
 
-def select_blocks(scores: torch.Tensor, threshold: torch.Tensor, geometry: Geometry, policy: str) -> torch.Tensor:
+def select_blocks(
+    scores: torch.Tensor, threshold: torch.Tensor, geometry: Geometry, policy: str, order: str = "score"
+) -> torch.Tensor:
     """See :func:`xcalib.kernels.select_blocks`; ``threshold`` is fp32 ``(q_heads,)``."""
     limit = threshold.to(scores.device)[:, None, None]  # (Hq, 1, 1)
     if policy == "threshold":
-        return cut_offs(scores, geometry) < _fixed_limits(limit)
-    order, forced = _ranking(scores, geometry)
+        return cut_offs(scores, geometry, order) < _fixed_limits(limit)
+    ranking, forced = _ranking(scores, geometry, order)
     visible = geometry.visible(scores.device)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    rank = torch.empty_like(ranking).scatter_(
+        -1, ranking, torch.arange(ranking.shape[-1], device=ranking.device).expand_as(ranking)
     )
     if policy == "ratio":
         # a tenth of ten blocks is one block, although fp32 holds a little more than a tenth
@@ -206,12 +213,13 @@ def sweep_thresholds(
     projection: torch.Tensor,
     geometry: Geometry,
     scale: float,
+    order: str = "score",
 ) -> SweepResult:
     """See :func:`xcalib.kernels.sweep_thresholds`; ``scores`` are those of :func:`estimate_blocks`."""
     batch, q_heads, _, head_dim = query.shape
     k_heads, group, size = key.shape[1], q_heads // key.shape[1], geometry.block_size
     levels = len(grid)
-    level = block_levels(scores, grid, geometry).clamp_(max=levels - 1)  # nothing reads the invisible blocks'
+    level = block_levels(scores, grid, geometry, order).clamp_(max=levels - 1)  # nothing reads the invisible blocks'
     padding = (0, 0, 0, geometry.k_blocks * size - geometry.k_len)
     keys = functional.pad(key.float(), padding).unflatten(2, (-1, size))  # (B, Hkv, nk, Bk, D)
     grouped_value = value.float().unsqueeze(2)  # (B, Hkv, 1, k_len, D)

@@ -45,7 +45,7 @@ class BlockLists:
 
 
 def select_blocks(
-    scores: torch.Tensor, limits: torch.Tensor, geometry: Geometry, policy: str = "threshold"
+    scores: torch.Tensor, limits: torch.Tensor, geometry: Geometry, policy: str = "threshold", order: str = "score"
 ) -> BlockLists:
     """The set of :func:`xcalib.kernels.select_blocks`, as lists.
 
@@ -55,12 +55,18 @@ def select_blocks(
         limits: fp32 ``(q_heads,)``, by policy as ``threshold`` there.
         geometry: lengths and block size.
         policy: ``"threshold"``, ``"top-k"`` or ``"ratio"``.
+        order: of preference, ``"score"`` or ``"recent"``.
     """
-    return _select(scores, limits, geometry, policy, stride=0)
+    return _select(scores, limits, geometry, policy, order, stride=0)
 
 
 def select_from_lse(
-    lse: torch.Tensor, limits: torch.Tensor, geometry: Geometry, stride: int, policy: str = "threshold"
+    lse: torch.Tensor,
+    limits: torch.Tensor,
+    geometry: Geometry,
+    stride: int,
+    policy: str = "threshold",
+    order: str = "score",
 ) -> BlockLists:
     """``select_blocks(average_lse(lse, geometry, stride), ...)`` in one pass; the scores never reach memory.
 
@@ -70,8 +76,9 @@ def select_from_lse(
         geometry: lengths and block size.
         stride: tokens per row group (S).
         policy: as in :func:`select_blocks`.
+        order: as in :func:`select_blocks`.
     """
-    return _select(lse, limits, geometry, policy, stride=stride)
+    return _select(lse, limits, geometry, policy, order, stride=stride)
 
 
 def average_lse(lse: torch.Tensor, geometry: Geometry, stride: int) -> torch.Tensor:
@@ -135,7 +142,9 @@ def mask_from_lists(lists: BlockLists, geometry: Geometry) -> torch.Tensor:
     return mask.view(torch.bool)
 
 
-def _select(source: torch.Tensor, limits: torch.Tensor, geometry: Geometry, policy: str, stride: int) -> BlockLists:
+def _select(
+    source: torch.Tensor, limits: torch.Tensor, geometry: Geometry, policy: str, order: str, stride: int
+) -> BlockLists:
     lists = _empty_lists(source, geometry)
     batch, q_heads = source.shape[:2]
     limits = limits.to(source.device, torch.float32).contiguous()
@@ -150,6 +159,7 @@ def _select(source: torch.Tensor, limits: torch.Tensor, geometry: Geometry, poli
             geometry.q_len,
             geometry.k_len,
             POLICY=policy,
+            RECENT=order == "recent",
             CAUSAL=geometry.causal,
             BLOCK_SIZE=geometry.block_size,
             STRIDE=stride,
@@ -244,19 +254,25 @@ def _cut_off(bits, weights, base, limit):
 
 
 @triton.jit
-def _kept(scores, columns, visible, first_own, last_own, limit_ptr, POLICY: tl.constexpr):
+def _kept(scores, columns, visible, first_own, last_own, limit_ptr, POLICY: tl.constexpr, RECENT: tl.constexpr):
     """Which of a row's key blocks are kept: bool like ``scores``, (BLOCK_K,)."""
     seen = columns < visible
     forced = seen & ((columns == 0) | ((columns >= first_own) & (columns <= last_own)))
-    free = seen & (forced == 0)
-    # -0.0 is 0.0; what is no candidate lies below every candidate
-    bits = tl.where(free, scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -2)
     if POLICY == "threshold":
         weights = (scores.to(tl.float64) * 4503599627370496.0).to(tl.int64)
     else:
         weights = tl.full(scores.shape, 1, tl.int32)
     base = tl.sum(tl.where(forced, weights, 0), 0)
     limit = _limit(limit_ptr, visible, POLICY)
+    free = seen & (forced == 0)
+    if RECENT:
+        # the block before the row's own comes first of all that may be dropped
+        previous = free & (columns == first_own - 1)
+        forced = forced | (previous & (base < limit))
+        free = free & (previous == 0)
+        base += tl.sum(tl.where(previous, weights, 0), 0)
+    # -0.0 is 0.0; what is no candidate lies below every candidate
+    bits = tl.where(free, scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -2)
     cut_off = _cut_off(bits, weights, base, limit)
     above = bits > cut_off
     tied = free & (bits == cut_off)
@@ -295,6 +311,7 @@ def _select_kernel(
     q_len,
     k_len,
     POLICY: tl.constexpr,
+    RECENT: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -311,7 +328,7 @@ def _select_kernel(
     else:
         source_ptr += row.to(tl.int64) * stride_row
         scores = tl.load(source_ptr + columns * stride_block, mask=columns < visible, other=0.0)  # (BLOCK_K,)
-    kept = _kept(scores, columns, visible, first_own, last_own, limits_ptr + head, POLICY)
+    kept = _kept(scores, columns, visible, first_own, last_own, limits_ptr + head, POLICY, RECENT)
     _write_list(kept, columns, indices_ptr, counts_ptr, _place(), (k_len + BLOCK_SIZE - 1) // BLOCK_SIZE)
 
 

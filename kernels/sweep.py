@@ -316,6 +316,7 @@ def sweep_thresholds(
     projection: torch.Tensor,
     geometry: Geometry,
     scale: float,
+    order: str = "score",
 ) -> SweepResult:
     """Every threshold's error and block count, as :func:`xcalib.kernels.reference.sweep_thresholds`.
 
@@ -330,6 +331,7 @@ def sweep_thresholds(
         projection: fp32 ``(q_heads, head_dim, R)``.
         geometry: lengths, block size and causality.
         scale: factor of the dot product.
+        order: of preference, ``"score"`` or ``"recent"``.
 
     Returns:
         Errors and counts per head and level; errors are not finite where the arithmetic overflowed. Unlike in the reference,
@@ -344,7 +346,7 @@ def sweep_thresholds(
     values, value_exponent = _scaled(value, torch.linalg.vector_norm(value, ord=torch.inf, dim=(-2, -1)), dtype)
     errors, kept = [], []
     for heads in _parts(query, key, geometry):
-        entries, bounds = _entries_by_level(scores[:, heads], grid, geometry)
+        entries, bounds = _entries_by_level(scores[:, heads], grid, geometry, order)
         projected = _project(values, factors, heads)
         errors.append(_Work(query, key, projected, entries, bounds, heads.start, geometry, scale).errors())
         kept.append(bounds[..., 1:].sum(dim=(0, 2)))
@@ -392,7 +394,7 @@ def _parts(query: torch.Tensor, key: torch.Tensor, geometry: Geometry) -> Iterat
 
 
 def _entries_by_level(
-    scores: torch.Tensor, grid: torch.Tensor, geometry: Geometry
+    scores: torch.Tensor, grid: torch.Tensor, geometry: Geometry, order: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's key blocks in order of level, and where each level begins.
 
@@ -401,7 +403,7 @@ def _entries_by_level(
         ``(batch, heads, q_blocks, levels + 1)``.
     """
     levels, blocks = len(grid), geometry.k_blocks
-    level = block_levels(scores, grid, geometry).int()
+    level = block_levels(scores, grid, geometry, order).int()
     entries = level.mul_(LEVEL_STEP.value).add_(_counts(blocks, scores.device)).sort(-1).values
     starts = _counts(levels + 1, scores.device) * LEVEL_STEP.value
     bounds = torch.searchsorted(entries, starts.expand(*entries.shape[:3], -1).contiguous(), out_int32=True)

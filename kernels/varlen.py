@@ -6,7 +6,16 @@ from itertools import pairwise
 import torch
 
 from xcalib.kernels.api import attend
-from xcalib.kernels.arguments import Backend, Pattern, Precision, check_attention, check_method, limits_of, scale_of
+from xcalib.kernels.arguments import (
+    Backend,
+    Order,
+    Pattern,
+    Precision,
+    check_attention,
+    check_method,
+    limits_of,
+    scale_of,
+)
 from xcalib.kernels.backends import resolve
 from xcalib.kernels.geometry import Geometry
 
@@ -26,6 +35,7 @@ def xattention_varlen(
     causal: bool = True,
     scale: float | None = None,
     pattern: Pattern = "antidiagonal",
+    order: Order = "score",
     precision: Precision = "native",
     backend: Backend | None = None,
 ) -> torch.Tensor:
@@ -44,6 +54,7 @@ def xattention_varlen(
         causal: whether a query sees only keys up to its own position, the last query standing at its sequence's last key.
         scale: factor of the dot product, default ``1 / sqrt(head_dim)``.
         pattern: as in :func:`xcalib.kernels.estimate_blocks`.
+        order: of preference, as in :func:`xcalib.kernels.select_blocks`.
         precision: of the scores, as in :func:`xcalib.kernels.estimate_blocks`.
         backend: as in :func:`xcalib.kernels.estimate_blocks`.
 
@@ -62,12 +73,12 @@ def xattention_varlen(
         raise ValueError(
             f"cu_seqlens_q is of {len(queries)} sequences and cu_seqlens_k of {len(keys)}, expected as many in both"
         )
-    check_method(stride, pattern, precision)
+    check_method(stride, pattern, precision, order)
     limits = limits_of(threshold, query.shape[1], upper=1.0).to(query.device)
     sequences = list(zip(queries, keys, values, strict=True))
     geometries = [check_attention(*sequence, block_size, causal) for sequence in sequences]
     if resolve(backend, query, key, value) == "triton":
-        return _packed(query, key, value, sequences, geometries, limits, stride, pattern, precision, scale)
+        return _packed(query, key, value, sequences, geometries, limits, stride, pattern, order, precision, scale)
     outputs = [
         attend(
             *sequence,
@@ -77,6 +88,7 @@ def xattention_varlen(
             causal=causal,
             scale=scale,
             pattern=pattern,
+            order=order,
             precision=precision,
             backend="reference",
         )[0]
@@ -94,6 +106,7 @@ def _packed(
     limits: torch.Tensor,
     stride: int,
     pattern: str,
+    order: str,
     precision: str,
     scale: float | None,
 ) -> torch.Tensor:
@@ -110,6 +123,7 @@ def _packed(
             stride=stride,
             scale=factor,
             pattern=pattern,
+            order=order,
             precision=precision,
         )
         for sequence, geometry in zip(sequences, geometries, strict=True)

@@ -15,6 +15,7 @@ import pytest
 
 from xcalib import ablate
 from xcalib.ablate import AblateSettings, breakdown, measure, searched
+from xcalib.ablate import attention as ablate_attention
 from xcalib.ablate import markdown as to_markdown
 from xcalib.ablate.attention import VariantAttention
 from xcalib.ablate.page import fill, load_results, main
@@ -139,12 +140,42 @@ def test_pooled_figures_are_those_of_the_samples(ran: Ran) -> None:
 
 
 def test_tables_share_their_measurements(ran: Ran) -> None:
-    names = {"pattern": "antidiagonal S=8", "stride": "S=8", "selection": "threshold", "threshold": "single tau"}
+    names = {"pattern": "antidiagonal S=8", "stride": "S=8", "selection": "threshold"}
     found = [
         next(variant["settings"] for variant in ran[0][table]["variants"] if variant["name"] == name)
         for table, name in names.items()
     ]
     assert all(one == found[0] for one in found)
+
+
+def test_the_papers_tables_have_its_order_and_the_searches_that_of_their_curves(ran: Ran) -> None:
+    orders = {
+        table: {variant["order"] for variant in ran[0][table]["variants"]}
+        for table in ("pattern", "stride", "selection", "threshold")
+    }
+    assert orders == {"pattern": {"score"}, "stride": {"score"}, "selection": {"score"}, "threshold": {"recent"}}
+    said = [line for line in ran[0]["threshold"]["remarks"] if "order" in line]
+    assert len(said) == 1
+    assert said[0].startswith("all three lines prefer blocks in the order 'recent', which is ours")
+    assert not any("order" in line for line in ran[0]["pattern"]["remarks"])
+
+
+def test_curves_in_the_papers_order_compare_in_that(
+    model: Any, data: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = CollectSettings(stride=8, block_size=64, gain_samples=1, order="score")
+    curves = collect(model, data[0], tmp_path / "curves", settings=settings)
+    used: list[Any] = []
+    select = ablate_attention.select_blocks
+
+    def record(*arguments: Any, **options: Any) -> Any:
+        used.append(options["order"])
+        return select(*arguments, **options)
+
+    monkeypatch.setattr(ablate_attention, "select_blocks", record)
+    result = ablate.run_table("threshold", model, None, *data, SETTINGS, curves=curves)
+    assert {variant["order"] for variant in result["variants"]} == set(used) == {"score"}
+    assert not any("order" in line for line in result["remarks"])
 
 
 def test_searches_are_compared_at_one_density(ran: Ran) -> None:

@@ -152,9 +152,10 @@ def test_a_setting_is_named_by_what_it_does() -> None:
                 ragged.key,
                 Setting(Scoring(16), flat.limits).key,
                 Setting(Scoring(8, "diagonal"), flat.limits).key,
+                Setting(Scoring(8, order="recent"), flat.limits).key,
             }
         )
-        == 4
+        == 5
     )
     assert (flat.limit, ragged.limit) == (pytest.approx(0.9), None)
 

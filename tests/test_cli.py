@@ -91,6 +91,7 @@ def test_search(finished: tuple[Path, Result]) -> None:
     assert result.code == 0, result.err
     profile = load_profile(folder / "good.yaml")
     assert profile.model.name == "tiny"
+    assert profile.method.order == "recent"
     assert profile.calibration.sources == ("builtin:prose",)
     assert [point.name for point in profile.points] == ["fidelity", "balanced", "fast"]
     for point in profile.points:
@@ -121,7 +122,7 @@ def test_search_prints_nothing_to_stdout(copied: Path, run: Run) -> None:
 
 
 def test_collect_then_search_without_a_model(here: Path, run: Run) -> None:
-    collected = run("collect", "tiny", *CALIBRATION, *METHOD, "--out", "curves", "--json")
+    collected = run("collect", "tiny", *CALIBRATION, *METHOD, "--order", "score", "--out", "curves", "--json")
     assert collected.code == 0, collected.err
     printed = collected.json()
     assert len(printed["grid"]) == len(printed["density"]) == len(printed["error"])
@@ -136,6 +137,7 @@ def test_collect_then_search_without_a_model(here: Path, run: Run) -> None:
         profile = load_profile(f"{method}.yaml")
         assert profile.points[0].predicted.density <= 0.8
         assert (profile.points[0].bound is None) == (method == "paper")
+        assert profile.method.order == "score"
 
 
 def test_search_with_a_model_and_curves(copied: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,6 +305,7 @@ COMMANDS = {"search": ["search", "tiny", *QUICK], "collect": ["collect", "tiny",
         pytest.param([*COMMANDS["search"], "--stride", "5"], "5 is not one of 4, 8, 16, 32, 64", id="stride"),
         pytest.param([*COMMANDS["search"], "--block-size", "100"], "100 is not one of 64, 128", id="block"),
         pytest.param([*COMMANDS["search"], "--pattern", "zigzag"], "'zigzag' is not one of", id="pattern"),
+        pytest.param([*COMMANDS["collect"], "--order", "newest"], "'newest' is not one of", id="order"),
         pytest.param([*COMMANDS["search"], "--curves", "gone"], "gone: holds no curves.json", id="no curves"),
         pytest.param([*COMMANDS["search"], "--fast"], "No such option: --fast", id="option"),
         pytest.param(["search"], "give MODEL, or --curves FOLDER", id="no model"),

@@ -14,6 +14,7 @@ from xcalib.collect import CollectSettings, Curves, collect, load_curves
 from xcalib.collect.curves import ARRAYS
 from xcalib.errors import CurvesError, ModelError
 from xcalib.kernels import block_sparse_attention, estimate_blocks, select_blocks, visible_blocks
+from xcalib.kernels.api import Order
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.sparse import SparseAttention, SparsePlan
 from xcalib.models.structure import attention_layers
@@ -67,7 +68,9 @@ def output_of(model: Any, layer: int, tokens: torch.Tensor, compute: Callable[..
     return found[0]
 
 
-def only(layer: int, head: int | None, tau: float) -> Callable[[AttentionCall], torch.Tensor | None]:
+def only(
+    layer: int, head: int | None, tau: float, order: Order = "recent"
+) -> Callable[[AttentionCall], torch.Tensor | None]:
     """Answers one layer by the sparse kernel: every block for all heads but one, which gets those of ``tau``."""
 
     def compute(call: AttentionCall) -> torch.Tensor | None:
@@ -75,7 +78,7 @@ def only(layer: int, head: int | None, tau: float) -> Callable[[AttentionCall], 
             return None
         scores = estimate_blocks(call.query, call.key, stride=16, block_size=64, scale=call.scale)
         length = call.query.shape[2]
-        mask = select_blocks(scores, tau, q_len=length, k_len=length, block_size=64)
+        mask = select_blocks(scores, tau, q_len=length, k_len=length, block_size=64, order=order)
         mask[:, [h for h in range(mask.shape[1]) if h != head]] = True
         return block_sparse_attention(call.query, call.key, call.value, mask, block_size=64, scale=call.scale)
 
@@ -136,6 +139,21 @@ def test_error_of_one_head_equals_brute_force(
     assert curves.error[sample, layer, head, level] == pytest.approx(
         error, rel=1e-4, abs=1e-9 * curves.energy[sample, layer]
     )
+
+
+def test_the_published_order_is_measured_on_request(model: Any, samples: Any, curves: Curves, tmp_path: Path) -> None:
+    """Its errors are its own, and what is always kept is the same in both."""
+    assert curves.settings.order == "recent"
+    found = collect(model, samples, tmp_path, settings=dataclasses.replace(SETTINGS, order="score"))
+    layer, head, level = 1, 1, 2
+    for sample in range(3):
+        tokens = ids(samples, sample)
+        dense = output_of(model, layer, tokens, only(layer, None, 1.0))
+        sparse = output_of(model, layer, tokens, only(layer, head, SETTINGS.grid[level], "score"))
+        error = float((sparse - dense).square().sum())
+        assert found.error[sample, layer, head, level] == pytest.approx(error, rel=1e-4)
+    np.testing.assert_array_equal(found.error[..., 0], curves.error[..., 0])
+    assert not np.array_equal(found.error[..., 2], curves.error[..., 2])
 
 
 @pytest.mark.parametrize("layer", range(3))
@@ -209,6 +227,7 @@ def test_losses_equal_whole_runs(
     single = [plan for plan in plans if (plan.thresholds[0] < 1).any(-1).sum() == 1]
     joint = [plan for plan in plans if (plan.thresholds[0] < 1).any(-1).sum() > 1]
     assert (len(single), len(joint)) == (2 * len(layers), 2 * 3 + 1)
+    assert {plan.order for plan in plans} == {"recent"}  # as the errors were measured
 
     def errors(plan: SparsePlan, sample: int) -> np.ndarray:
         level = np.abs(plan.thresholds[0, layers, :, None].numpy() - found.grid).argmin(-1)  # (layers, heads)

@@ -137,6 +137,15 @@ def test_unknown_setting(folder: Path) -> None:
     assert "damaged curves" in refused(folder)
 
 
+def test_curves_from_before_there_were_two_orders_have_the_published_one(
+    folder: Path, whole: tuple[Curves, Path]
+) -> None:
+    change_record(folder, lambda record: record["settings"].pop("order") and None)
+    loaded = load_curves(folder)
+    assert loaded.settings == dataclasses.replace(whole[0].settings, order="score")
+    assert whole[0].settings.order == "recent"
+
+
 def test_bad_setting(folder: Path) -> None:
     change_record(folder, lambda record: record["settings"].update(grid=[0.0, 0.5, 0.4, 0.6, 1.0]))
     with pytest.raises(CurvesError, match="expected ascending thresholds from 0 to 1"):
@@ -274,13 +283,14 @@ def test_a_damaged_unit_is_measured_again(
     [
         ("settings", {"settings": dataclasses.replace(SETTINGS, stride=8)}),
         ("settings", {"settings": dataclasses.replace(SETTINGS, grid=(0.0, 0.5, 1.0))}),
+        ("settings", {"settings": dataclasses.replace(SETTINGS, order="score")}),
         ("data", {"data": {"seed": 1}}),
         ("data", {"data": {"max_length": 320}}),
         ("model", {"model": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}}),
         ("dtype", {"dtype": "bfloat16"}),
         ("settings, data", {"settings": dataclasses.replace(SETTINGS, gain_samples=1), "data": {"seed": 1}}),
     ],
-    ids=["stride", "grid", "seed", "length", "rope", "bf16", "two"],
+    ids=["stride", "grid", "order", "seed", "length", "rope", "bf16", "two"],
 )
 def test_resume_with_other_options_names_them(
     started: Path, loaded: Any, samples: Any, tiny_model: Build, tiny_folder: Path, what: str, change: dict[str, Any]

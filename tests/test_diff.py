@@ -63,6 +63,8 @@ def test_measures_and_settings() -> None:
     named = {**A.model.model_dump(), "name": "tuned"}
     settings = {key: (a, b) for key, a, b in compare_profiles(A, changed(method=method, model=named)).settings}
     assert settings == {"method.stride": (8, 16), "model.name": ("tiny/llama", "tuned")}
+    recent = changed(method={**A.method.model_dump(), "order": "recent"})
+    assert compare_profiles(A, recent).settings == (("method.order", "score", "recent"),)
 
 
 def test_other_bins_are_compared_where_both_serve() -> None:

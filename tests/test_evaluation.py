@@ -23,7 +23,7 @@ from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.loading import load_model
 from xcalib.models.logits import LogitHead
 from xcalib.models.sparse import SparseAttention, SparsePlan
-from xcalib.profile import Profile
+from xcalib.profile import Profile, make_profile
 
 Build = Callable[..., Any]
 LENGTHS = (330, 448)
@@ -173,6 +173,17 @@ def test_single_taus_use_the_method_of_the_profile(model: Any, profile: Profile)
     alone = plans_to_evaluate(model, None, uniform=[0.25])["tau=0.25"]
     assert (alone.stride, alone.block_size, alone.bins) == (16, 128, ((0, None),))
     assert with_profile.thresholds.unique().tolist() == alone.thresholds.unique().tolist() == [0.25]
+    recent = make_profile(**{**dict(profile), "method": {**profile.method.model_dump(), "order": "recent"}})
+    assert plans_to_evaluate(model, recent, uniform=[0.25])["tau=0.25"].order == "recent"
+    assert alone.order == "score"
+
+
+def test_the_record_of_a_plan_tells_two_orders_apart(model: Any) -> None:
+    """An interrupted evaluation goes on with the same plans only."""
+    first, second = (plan_of(model, 0.5, order=order) for order in ("score", "recent"))
+    changed = {key for key, value in first.record().items() if value != second.record()[key]}
+    assert changed == {"order"}
+    assert json.loads(json.dumps(first.record()))["thresholds"] == first.thresholds.tolist()
 
 
 @pytest.mark.parametrize("tau", [-0.1, 1.1, math.nan, math.inf])

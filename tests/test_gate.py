@@ -275,6 +275,20 @@ def test_a_file_from_before_is_valid() -> None:
     assert make_profile(**dict(profile)) == profile
 
 
+def test_the_published_order_is_not_written() -> None:
+    """So files from before there were two keep their content_sha256; the other order is written and hashed."""
+    profile = parse_profile(EXAMPLE)
+    assert profile.method.order == "score"
+    assert "order" not in dump_profile(profile)
+    stated = {**profile.method.model_dump(), "order": "score"}
+    assert make_profile(**{**dict(profile), "method": stated}) == profile
+    recent = make_profile(**{**dict(profile), "method": {**stated, "order": "recent"}})
+    assert recent.content_sha256 != profile.content_sha256
+    assert "\n  order: recent\n" in dump_profile(recent)
+    assert parse_profile(dump_profile(recent)) == recent
+    assert parse_profile(dump_profile(recent, format="json")) == recent
+
+
 def test_new_keys_are_kept_and_checked() -> None:
     profile = parse_profile(EXAMPLE)
     point = profile.point()

@@ -103,8 +103,9 @@ def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
     return float((found.float() - truth).norm() / truth.norm())
 
 
+@pytest.mark.parametrize("order", ["score", "recent"])
 @pytest.mark.parametrize("size", SIZES, ids=IDS)
-def test_scores_and_selection(size: tuple[int, ...]) -> None:
+def test_scores_and_selection(size: tuple[int, ...], order: Any) -> None:
     case = make(size)
     _, q_heads, _, q_len, k_len, _, block_size = size
     if q_len > 40000:
@@ -117,9 +118,9 @@ def test_scores_and_selection(size: tuple[int, ...]) -> None:
     assert relative(scores, truth) < 1e-4
     lengths: dict[str, Any] = {"q_len": case.query.shape[2], "k_len": k_len, "block_size": block_size}
     taus = torch.linspace(0.0, 1.0, q_heads)
-    ours = select_blocks(scores, taus, **lengths, backend="triton")
-    assert torch.equal(ours, select_blocks(scores, taus, **lengths, backend="reference"))
-    fused = attend(case.query, case.key, case.key, taus.cuda(), **settings, backend="triton")[1]
+    ours = select_blocks(scores, taus, **lengths, order=order, backend="triton")
+    assert torch.equal(ours, select_blocks(scores, taus, **lengths, order=order, backend="reference"))
+    fused = attend(case.query, case.key, case.key, taus.cuda(), **settings, order=order, backend="triton")[1]
     assert torch.equal(fused, ours.sum(-1, dtype=torch.int32))
 
 
@@ -151,13 +152,17 @@ def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("size", [SIZES[3], SIZES[4], (1, 8, 2, 4096, 4096, 128, 128)], ids=str)
-def test_sweep(size: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("size", "order"),
+    [(SIZES[3], "score"), (SIZES[4], "recent"), ((1, 8, 2, 4096, 4096, 128, 128), "recent")],
+    ids=str,
+)
+def test_sweep(size: tuple[int, ...], order: str, dtype: torch.dtype) -> None:
     case = make(size, dtype, seed=3)
     q_heads, head_dim = size[1], size[5]
     grid = torch.tensor([0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0])
     projection = torch.randn(q_heads, head_dim, head_dim, device="cuda")
-    settings: dict[str, Any] = {"stride": 16, "block_size": case.block_size}
+    settings: dict[str, Any] = {"stride": 16, "block_size": case.block_size, "order": order}
     ours = sweep_thresholds(case.query, case.key, case.value, grid, projection, **settings, backend="triton")
     wide = [each.float() for each in (case.query, case.key, case.value)]
     torch.backends.cuda.matmul.allow_tf32 = False

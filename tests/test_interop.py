@@ -172,6 +172,7 @@ def test_an_imported_profile_says_what_it_is_not(identity: ModelIdentity, tmp_pa
     table = read_table(written(tmp_path / "t.py", f"toy_fuse_8 = {ROWS}"))
     imported = profile_from_table(table, identity, point="theirs", min_length=512)
     assert (imported.method.stride, imported.method.block_size, imported.method.pattern) == (8, 128, "antidiagonal")
+    assert imported.method.order == "score"
     assert imported.dense_layers == (0,)
     assert [(item.min_length, item.max_length) for item in imported.length_bins] == [(512, None)]
     point = imported.point()
@@ -373,6 +374,23 @@ def test_a_note_for_what_a_table_cannot_say(here: Path, run: Run) -> None:
     code, _, err = run("convert", "good.yaml", "--to", "table", "--length", "2048", "--out", "t.json")
     assert code == 0, err
     assert "note: these hold for block 64 and antidiagonal" in err
+
+
+def test_a_note_for_an_order_that_upstream_lacks(here: Path, run: Run) -> None:
+    profile = load_profile("good.yaml")
+    recent = make_profile(**{**dict(profile), "method": {**profile.method.model_dump(), "order": "recent"}})
+    save_profile(recent, "recent.yaml")
+    table = ["--to", "table", "--length", "2048", "--out", "t.json"]
+    config = ["--to", "config", "--config", "model", "--out", "c.json"]
+    for file, said in (("good.yaml", 0), ("recent.yaml", 1)):
+        for arguments in (table, config):
+            code, out, err = run("convert", file, *arguments, "--force", "--json")
+            assert code == 0, err
+            assert err.count("note: these hold for the order of preference 'recent'") == said
+            assert json.loads(out)["order"] == ("recent" if said else "score")
+        block = json.loads(Path("c.json").read_text())["sparse_attention_config"]
+        assert block["order"] == ("recent" if said else "score")
+    assert "the public implementation has 'score' alone" in err
 
 
 def test_convert_force(here: Path, run: Run) -> None:

@@ -111,6 +111,12 @@ BAD: list[tuple[tuple[str, ...], str, dict[str, Any], list[str]]] = [
         {"pattern": "Diagonal"},
         ["pattern", "'Diagonal'", "'antidiagonal'", "'diagonal'", "'random'"],
     ),
+    (
+        ("select_blocks", "xattention", "sweep_thresholds"),
+        "order-unknown",
+        {"order": "newest"},
+        ["order", "'newest'", "'score'", "'recent'"],
+    ),
     (ATTENTION, "scale-nan", {"scale": float("nan")}, ["scale", "nan", "finite", "None"]),
     (ATTENTION, "scale-inf", {"scale": float("inf")}, ["scale", "inf", "finite", "None"]),
     (BACKENDS, "backend-unknown", {"backend": "cuda"}, ["backend", "'cuda'", "None", "'reference'", "'triton'"]),

@@ -27,6 +27,7 @@ REPRODUCIBLE: dict[str, Any] = {
 }
 STRIDES = (4, 8, 16, 32, 64)
 PATTERNS = ("antidiagonal", "diagonal", "random")
+ORDERS: tuple[Any, ...] = ("score", "recent")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Shape:
         """The sink and every key block that holds the position of one of the row's queries."""
         queries = range(row * self.block_size, min((row + 1) * self.block_size, self.q_len))
         return {0} | {(self.offset + query) // self.block_size for query in queries}
+
+    def previous(self, row: int) -> list[int]:
+        """The key block just before that of the row's first query, unless that is the sink or the first query's is."""
+        first = (self.offset + row * self.block_size) // self.block_size
+        return [first - 1] if first > 1 else []
 
 
 def shape_id(shape: Shape) -> str:
@@ -265,11 +271,14 @@ def by_preference(row_scores: list[Fraction], candidates: list[int]) -> list[int
     return sorted(candidates, key=lambda block: (-row_scores[block], block))
 
 
-def oracle_row(row_scores: list[Fraction], shape: Shape, row: int, threshold: Fraction, policy: str) -> list[bool]:
+def oracle_row(
+    row_scores: list[Fraction], shape: Shape, row: int, threshold: Fraction, policy: str, order: str
+) -> list[bool]:
     """The kept key blocks of one row, in exact arithmetic."""
     visible = shape.visible(row)
     kept = shape.always_kept(row)
-    queue = by_preference(row_scores, [block for block in visible if block not in kept])
+    queue = shape.previous(row) if order == "recent" else []
+    queue += by_preference(row_scores, [block for block in visible if block not in kept and block not in queue])
     if policy == "threshold":
         total = sum((row_scores[block] for block in kept), Fraction(0))
         while queue and (threshold >= 1 or total < threshold):
@@ -282,11 +291,13 @@ def oracle_row(row_scores: list[Fraction], shape: Shape, row: int, threshold: Fr
     return [block in kept for block in range(shape.k_blocks)]
 
 
-def oracle_mask(scores: torch.Tensor, thresholds: list[Fraction], shape: Shape, policy: str) -> torch.Tensor:
+def oracle_mask(
+    scores: torch.Tensor, thresholds: list[Fraction], shape: Shape, policy: str, order: str = "score"
+) -> torch.Tensor:
     rows = [
         [
             [
-                oracle_row([Fraction(x) for x in row_scores], shape, row, thresholds[h], policy)
+                oracle_row([Fraction(x) for x in row_scores], shape, row, thresholds[h], policy, order)
                 for row, row_scores in enumerate(head)
             ]
             for h, head in enumerate(sequence)
@@ -314,14 +325,17 @@ def counted_scores(shape: Shape, batch: int, heads: int, units: int, seed: int) 
     shape=shapes(max_len=1500),
     units=st.sampled_from([2, 8, 16, 64]),
     levels=st.lists(st.integers(0, 64), min_size=1, max_size=3),
+    order=st.sampled_from(ORDERS),
     seed=st.integers(0, 2**16),
 )
-def test_masks_equal_the_oracle_where_everything_ties(shape: Shape, units: int, levels: list[int], seed: int) -> None:
+def test_masks_equal_the_oracle_where_everything_ties(
+    shape: Shape, units: int, levels: list[int], order: Any, seed: int
+) -> None:
     """Thresholds in 64ths fall on cumulative sums exactly, time and again; one threshold per head."""
     scores = counted_scores(shape, 2, len(levels), units, seed)
     thresholds = torch.tensor([level / 64 for level in levels])
-    expected = oracle_mask(scores, [Fraction(level, 64) for level in levels], shape, "threshold")
-    assert torch.equal(select_blocks(scores, thresholds, **shape.lengths), expected)
+    expected = oracle_mask(scores, [Fraction(level, 64) for level in levels], shape, "threshold", order)
+    assert torch.equal(select_blocks(scores, thresholds, order=order, **shape.lengths), expected)
 
 
 @settings(max_examples=300, **REPRODUCIBLE)
@@ -329,10 +343,11 @@ def test_masks_equal_the_oracle_where_everything_ties(shape: Shape, units: int, 
     shape=shapes(max_len=1500),
     sharpness=st.sampled_from([0.1, 1.0, 4.0, 12.0]),
     thresholds=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=3),
+    order=st.sampled_from(ORDERS),
     seed=st.integers(0, 2**16),
 )
 def test_masks_equal_the_oracle_for_smooth_scores(
-    shape: Shape, sharpness: float, thresholds: list[float], seed: int
+    shape: Shape, sharpness: float, thresholds: list[float], order: Any, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(1, len(thresholds), shape.q_blocks, shape.k_blocks, generator=generator) * sharpness
@@ -340,8 +355,8 @@ def test_masks_equal_the_oracle_for_smooth_scores(
     for row in range(shape.q_blocks):
         visible = len(shape.visible(row))
         scores[:, :, row, :visible] = logits[:, :, row, :visible].softmax(-1)
-    expected = oracle_mask(scores, [Fraction(tau) for tau in thresholds], shape, "threshold")
-    assert torch.equal(select_blocks(scores, torch.tensor(thresholds), **shape.lengths), expected)
+    expected = oracle_mask(scores, [Fraction(tau) for tau in thresholds], shape, "threshold", order)
+    assert torch.equal(select_blocks(scores, torch.tensor(thresholds), order=order, **shape.lengths), expected)
 
 
 @settings(max_examples=200, **REPRODUCIBLE)
@@ -349,12 +364,13 @@ def test_masks_equal_the_oracle_for_smooth_scores(
     shape=shapes(max_len=1500),
     units=st.sampled_from([4, 64]),
     counts=st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    order=st.sampled_from(ORDERS),
     seed=st.integers(0, 2**16),
 )
-def test_top_k_masks_equal_the_oracle(shape: Shape, units: int, counts: list[int], seed: int) -> None:
+def test_top_k_masks_equal_the_oracle(shape: Shape, units: int, counts: list[int], order: Any, seed: int) -> None:
     scores = counted_scores(shape, 1, len(counts), units, seed)
-    expected = oracle_mask(scores, [Fraction(count) for count in counts], shape, "top-k")
-    mask = select_blocks(scores, torch.tensor(counts).float(), policy="top-k", **shape.lengths)
+    expected = oracle_mask(scores, [Fraction(count) for count in counts], shape, "top-k", order)
+    mask = select_blocks(scores, torch.tensor(counts).float(), policy="top-k", order=order, **shape.lengths)
     assert torch.equal(mask, expected)
 
 
@@ -363,13 +379,15 @@ def test_top_k_masks_equal_the_oracle(shape: Shape, units: int, counts: list[int
     shape=shapes(max_len=1500),
     units=st.sampled_from([4, 64]),
     ratios=st.lists(st.fractions(0, 1, max_denominator=20), min_size=1, max_size=3),
+    order=st.sampled_from(ORDERS),
     seed=st.integers(0, 2**16),
 )
-def test_ratio_masks_equal_the_oracle(shape: Shape, units: int, ratios: list[Fraction], seed: int) -> None:
+def test_ratio_masks_equal_the_oracle(shape: Shape, units: int, ratios: list[Fraction], order: Any, seed: int) -> None:
     """A tenth of ten blocks is one block, although fp32 holds a little more than a tenth."""
     scores = counted_scores(shape, 1, len(ratios), units, seed)
-    expected = oracle_mask(scores, ratios, shape, "ratio")
-    mask = select_blocks(scores, torch.tensor([float(ratio) for ratio in ratios]), policy="ratio", **shape.lengths)
+    expected = oracle_mask(scores, ratios, shape, "ratio", order)
+    limits = torch.tensor([float(ratio) for ratio in ratios])
+    mask = select_blocks(scores, limits, policy="ratio", order=order, **shape.lengths)
     assert torch.equal(mask, expected)
 
 
@@ -433,6 +451,86 @@ def test_a_threshold_equal_to_a_cumulative_sum_is_reached(threshold: float, expe
     assert "".join(str(int(kept)) for kept in mask.flatten()) == expected
 
 
+# --- the order "recent" ---------------------------------------------------------------------------------------------
+
+
+def kept_recent(scores: torch.Tensor, threshold: float, shape: Shape, policy: Any = "threshold", row: int = 0) -> str:
+    mask = select_blocks(scores, threshold, policy=policy, order="recent", **shape.lengths)
+    return "".join(str(int(kept)) for kept in mask[0, 0, row])
+
+
+RECENT = [
+    ("threshold", 0.0, "100001"),
+    ("threshold", 0.25, "100001"),  # the sink and the own block hold 2/8 already: block 4 is not taken
+    ("threshold", 0.25 + 2**-20, "100011"),  # block 4 before block 3, which scores three times as much
+    ("threshold", 0.375, "100011"),  # block 4 counts: 3/8 are reached
+    ("threshold", 0.375 + 2**-20, "100111"),
+    ("threshold", 0.75, "100111"),
+    ("threshold", 0.75 + 2**-20, "110111"),  # a tie of blocks 1 and 2: the lower index first
+    ("threshold", 0.875 + 2**-20, "111111"),
+    ("threshold", 1.0, "111111"),
+    ("top-k", 0.0, "100001"),
+    ("top-k", 2.0, "100001"),  # as many as are always kept
+    ("top-k", 3.0, "100011"),
+    ("top-k", 4.0, "100111"),
+    ("top-k", 5.0, "110111"),
+    ("ratio", 0.3, "100001"),  # 1.8 of 6 blocks
+    ("ratio", 0.5, "100011"),
+]
+
+
+@pytest.mark.parametrize("policy,threshold,expected", RECENT, ids=str)
+def test_the_block_before_the_own_ones_comes_right_after_those_always_kept(
+    policy: str, threshold: float, expected: str
+) -> None:
+    scores, shape = one_row([1 / 8, 1 / 8, 1 / 8, 3 / 8, 1 / 8, 1 / 8])
+    assert kept_recent(scores, threshold, shape, policy) == expected
+
+
+def test_a_previous_block_without_any_probability_is_taken_all_the_same() -> None:
+    scores, shape = one_row([0.5, 0.25, 0.0, 0.0, 0.25])
+    assert kept_recent(scores, 0.75, shape) == "10001"
+    assert kept_recent(scores, 0.75 + 2**-20, shape) == "11011"
+
+
+def test_the_first_rows_have_no_previous_block_but_the_sink() -> None:
+    """Row 0 is the sink, row 1 has the sink before it: both orders agree; row 2 prefers block 1."""
+    shape = Shape(256, 256, 64, False)
+    scores = torch.tensor([1 / 8, 1 / 8, 1 / 4, 1 / 2]).expand(1, 1, 4, 4)
+    just_above = [1 / 8, 1 / 4, 3 / 8, 5 / 8]  # of what is always kept
+    kept = [kept_recent(scores, tau + 2**-20, shape, row=row) for row, tau in enumerate(just_above)]
+    assert kept == ["1001", "1101", "1110", "1011"]
+    by_score = [select_blocks(scores, tau + 2**-20, **shape.lengths)[0, 0, row] for row, tau in enumerate(just_above)]
+    assert by_score[0].tolist() == [True, False, False, True]
+    assert by_score[1].tolist() == [True, True, False, True]
+    assert by_score[2].tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("q_len", "k_len", "least", "more"),
+    [(64, 352, "100011", "100111"), (33, 352, "100011", "100111"), (32, 352, "100001", "100011"), (64, 96, "11", "11")],
+)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_queries_across_two_blocks_look_back_from_the_first(
+    q_len: int, k_len: int, least: str, more: str, causal: bool
+) -> None:
+    shape = Shape(q_len, k_len, 64, causal)
+    scores = torch.zeros(1, 1, 1, shape.k_blocks)
+    scores[..., 0], scores[..., 1] = 0.25, 0.75  # block 1 scores most, and comes after the previous one
+    held = 1.0 if k_len == 96 else 0.25
+    assert kept_recent(scores, held, shape) == least
+    number = float(least.count("1"))
+    assert kept_recent(scores, number, shape, "top-k") == least
+    assert kept_recent(scores, number + 1, shape, "top-k") == more
+
+
+def test_without_causality_later_blocks_follow_by_score() -> None:
+    shape = Shape(384, 384, 64, False)
+    scores = torch.tensor([1 / 8, 1 / 8, 0.0, 1 / 8, 1 / 8, 1 / 2]).expand(1, 1, 6, 6)
+    kept = [kept_recent(scores, count, shape, "top-k", row=3) for count in (2.0, 3.0, 4.0, 5.0)]
+    assert kept == ["100100", "101100", "101101", "111101"]
+
+
 def test_blocks_without_any_probability_are_kept_at_one_only() -> None:
     scores, shape = one_row([0.5, 0.0, 0.25, 0.0, 0.25])
     below = select_blocks(scores, 1 - 2**-24, **shape.lengths)
@@ -440,10 +538,11 @@ def test_blocks_without_any_probability_are_kept_at_one_only() -> None:
     assert bool(select_blocks(scores, 1.0, **shape.lengths).all())
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("shape", FIXED_SHAPES, ids=shape_id)
-def test_zero_keeps_sink_and_own_blocks_and_one_keeps_all_visible(shape: Shape) -> None:
+def test_zero_keeps_sink_and_own_blocks_and_one_keeps_all_visible(shape: Shape, order: Any) -> None:
     scores = counted_scores(shape, 2, 3, 64, 1)
-    least, most = (select_blocks(scores, threshold, **shape.lengths) for threshold in (0.0, 1.0))
+    least, most = (select_blocks(scores, threshold, order=order, **shape.lengths) for threshold in (0.0, 1.0))
     visible = visible_blocks(shape.q_len, shape.k_len, block_size=shape.block_size, causal=shape.causal)
     for row in range(shape.q_blocks):
         assert visible[row].nonzero().flatten().tolist() == shape.visible(row)
@@ -463,10 +562,10 @@ def test_equal_scores_keep_the_lower_indices(causal: bool) -> None:
 
 
 @settings(max_examples=60, **REPRODUCIBLE)
-@given(shape=shapes(max_len=1500), seed=st.integers(0, 2**16))
-def test_a_higher_threshold_never_drops_a_block(shape: Shape, seed: int) -> None:
+@given(shape=shapes(max_len=1500), order=st.sampled_from(ORDERS), seed=st.integers(0, 2**16))
+def test_a_higher_threshold_never_drops_a_block(shape: Shape, order: Any, seed: int) -> None:
     scores = counted_scores(shape, 1, 1, 64, seed)
-    masks = [select_blocks(scores, level / 32, **shape.lengths) for level in range(33)]
+    masks = [select_blocks(scores, level / 32, order=order, **shape.lengths) for level in range(33)]
     for lower, higher in itertools.pairwise(masks):
         assert not bool((lower & ~higher).any())
 

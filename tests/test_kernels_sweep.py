@@ -47,6 +47,7 @@ class Case:
     magnitude: float
     pattern: str
     seed: int
+    order: Any = "score"
 
     @property
     def q_heads(self) -> int:
@@ -101,7 +102,7 @@ def attend_fp64(logits: torch.Tensor, allowed: torch.Tensor, value: torch.Tensor
 
 def masks_of(case: Case, data: Inputs) -> list[torch.Tensor]:
     scores = estimate_blocks(data.query, data.key, **case.options)
-    return [select_blocks(scores, float(tau), **case.lengths) for tau in data.grid]
+    return [select_blocks(scores, float(tau), order=case.order, **case.lengths) for tau in data.grid]
 
 
 def truth_of(case: Case, data: Inputs, masks: list[torch.Tensor], scale: float | None = None) -> Truth:
@@ -137,7 +138,8 @@ def assert_matches(result: SweepResult, truth: Truth) -> None:
 
 
 def sweep(case: Case, data: Inputs, scale: float | None = None) -> SweepResult:
-    return sweep_thresholds(data.query, data.key, data.value, data.grid, data.projection, scale=scale, **case.options)
+    tensors = (data.query, data.key, data.value, data.grid, data.projection)
+    return sweep_thresholds(*tensors, scale=scale, order=case.order, **case.options)
 
 
 @st.composite
@@ -161,6 +163,7 @@ def cases(draw: st.DrawFn) -> Case:
         magnitude=draw(st.sampled_from([0.5, 1.0, 1.5])),
         pattern=draw(st.sampled_from(["antidiagonal", "diagonal", "random"])),
         seed=draw(st.integers(0, 2**16)),
+        order=draw(st.sampled_from(["score", "recent"])),
     )
 
 

@@ -1,5 +1,7 @@
 """Packed sequences: each is what it is alone, on both backends; bad borders are one clear error."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,14 +19,15 @@ def packed(lengths: tuple[tuple[int, int], ...], heads: int, k_heads: int, dim: 
     return (*tensors, *borders)
 
 
+@pytest.mark.parametrize("order", ["score", "recent"])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_each_sequence_is_what_it_is_alone(lengths: tuple[tuple[int, int], ...], backend: str) -> None:
+def test_each_sequence_is_what_it_is_alone(lengths: tuple[tuple[int, int], ...], backend: Any, order: Any) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     query, key, value, cu_q, cu_k = packed(lengths, 6, 2, 40)
     taus = torch.linspace(0.0, 0.9, 6)
-    output = xattention_varlen(query, key, value, taus, cu_q, cu_k, block_size=64, backend=backend)  # type: ignore[arg-type]
+    output = xattention_varlen(query, key, value, taus, cu_q, cu_k, block_size=64, order=order, backend=backend)
     assert output.shape == query.shape
     for index in range(len(lengths)):
         rows, columns = slice(cu_q[index], cu_q[index + 1]), slice(cu_k[index], cu_k[index + 1])
@@ -32,6 +35,7 @@ def test_each_sequence_is_what_it_is_alone(lengths: tuple[tuple[int, int], ...],
             *(each.transpose(0, 1)[None] for each in (query[rows], key[columns], value[columns])),
             taus,
             block_size=64,
+            order=order,
             backend="reference",
         )
         torch.testing.assert_close(output[rows], alone[0].transpose(0, 1), rtol=1e-4, atol=1e-5)

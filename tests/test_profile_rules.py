@@ -47,6 +47,8 @@ WRONG_VALUES: list[tuple[KeyPath, object, str]] = [
     (("method", "stride"), 12, "method.stride: must be 4, 8, 16, 32 or 64, got 12"),
     (("method", "stride"), 16.0, "method.stride: must be an integer, got 16.0"),
     (("method", "block_size"), "64", "method.block_size: must be an integer, got '64'"),
+    (("method", "order"), "newest", "method.order: must be 'score' or 'recent', got 'newest'"),
+    (("method", "order"), None, "method.order: must be 'score' or 'recent', got None"),
     (("method", "pattern"), "diag", "method.pattern: must be 'antidiagonal', 'diagonal' or 'random', got 'diag'"),
     (("model",), [], "model: must be a mapping, got []"),
     (("model", "name"), "", "model.name: must have at least 1 character, got ''"),

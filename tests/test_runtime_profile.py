@@ -110,6 +110,22 @@ def test_plan_of_a_profile(model: Any) -> None:
     assert plan.thresholds[:, 0, 0].tolist() == [0.0, 1.0]
 
 
+def test_the_order_of_a_profile_is_served(model: Any) -> None:
+    method = {"stride": 16, "block_size": 64, "pattern": "antidiagonal"}
+    profiles = [
+        profile_for(model, {"only": [0.4, 0.4]}, method={**method, **order})
+        for order in ({}, {"order": "score"}, {"order": "recent"})
+    ]
+    assert [sparse_plan(profile).order for profile in profiles] == ["score", "score", "recent"]
+    outputs = []
+    with torch.no_grad():
+        for profile in profiles:
+            with apply_profile(model, profile):
+                outputs.append(model(IDS).logits)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
 @pytest.mark.parametrize(
     ("other", "field", "values"),
     [

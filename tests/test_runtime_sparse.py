@@ -165,6 +165,26 @@ def test_a_threshold_reaches_its_layer_and_head(tiny_model: Build, head: int, ta
     assert attention.stats()["dense_reasons"] == {"thresholds all 1": 2}
 
 
+@pytest.mark.parametrize("order", ["score", "recent"])
+def test_blocks_are_kept_in_the_plans_order(tiny_model: Build, order: Any) -> None:
+    """Against a selection by hand: output and blocks kept."""
+    model, ids, captured, outputs = tiny_model(num_hidden_layers=1), tokens(380), [], []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))
+    with torch.no_grad():
+        with patch_attention(model, captured.append):
+            model(ids)
+        with SparseAttention(model, make_plan(model, 0.5, order=order)) as attention:
+            model(ids)
+    (call,), (_, sparse) = captured, outputs
+    scores = kernels.estimate_blocks(call.query, call.key, block_size=64, scale=call.scale)
+    mask = kernels.select_blocks(scores, 0.5, q_len=380, k_len=380, block_size=64, order=order)
+    by_hand = kernels.block_sparse_attention(call.query, call.key, call.value, mask, block_size=64, scale=call.scale)
+    assert torch.equal(sparse, by_hand.transpose(1, 2).flatten(2))
+    np.testing.assert_allclose(attention.density()[0], mask.sum((0, 2, 3)) / 21)
+    other = kernels.select_blocks(scores, 0.5, q_len=380, k_len=380, block_size=64)
+    assert torch.equal(mask, other) == (order == "score")
+
+
 def test_length_bins(tiny_model: Build) -> None:
     model = tiny_model()
     thresholds = torch.tensor([0.0, 1.0]).view(2, 1, 1)

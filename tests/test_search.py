@@ -14,6 +14,7 @@ import pytest
 import xcalib
 from xcalib.collect import CollectSettings, Curves
 from xcalib.errors import TargetError
+from xcalib.models.sparse import SparseAttention
 from xcalib.profile import Profile, load_profile, save_profile
 from xcalib.search import (
     DEFAULT_TARGETS,
@@ -399,6 +400,7 @@ def test_profile_with_the_default_points(curves: Curves, tmp_path: Path) -> None
     assert profile.default_point == "balanced"
     assert profile.dense_layers == (1,)
     assert (profile.method.stride, profile.method.block_size, profile.method.pattern) == (16, 64, "antidiagonal")
+    assert profile.method.order == curves.settings.order == "recent"
     assert [(found.min_length, found.max_length) for found in profile.length_bins] == [(256, 2049)]
     assert profile.calibration.documents == ("0123456789abcdef",)
     assert set(profile.versions) == {"xcalib", "torch", "transformers", "numpy", "python"}
@@ -415,6 +417,13 @@ def test_profile_with_the_default_points(curves: Curves, tmp_path: Path) -> None
         assert point.bound is not None and point.bound.gap is not None and point.bound.gap >= 0
         assert point.heldout is None
         assert (point.target, point.objective, point.method) == (str(target), "(gain x output error)^0.75", "knapsack")
+
+
+def test_a_profile_has_the_order_of_its_curves(curves: Curves) -> None:
+    settings = dataclasses.replace(curves.settings, order="score")
+    published = build_profile(dataclasses.replace(curves, settings=settings), DEFAULT_TARGETS)
+    assert published.method.order == "score"
+    assert published.points == build_profile(curves, DEFAULT_TARGETS).points
 
 
 def test_profile_of_the_other_choices(curves: Curves) -> None:
@@ -545,8 +554,12 @@ def test_search_for_a_drop_scores_answers(tiny_folder: Path, monkeypatch: pytest
         xcalib.search(loaded.model, data, target="a:drop=1%", tokenizer=loaded.tokenizer, settings=settings)
     calls: list[str] = []
     monkeypatch.setattr("xcalib.evaluation.score", lambda _sample, text: calls.append(text) or float(len(calls) <= 4))
+    orders: list[str] = []
+    use = SparseAttention.use
+    monkeypatch.setattr(SparseAttention, "use", lambda self, plan: (orders.append(plan.order), use(self, plan))[1])
     profile = xcalib.search(
         loaded.model, data, target="a:drop=1%", tokenizer=loaded.tokenizer, settings=settings, folder=tmp_path
     )
+    assert set(orders) == {"recent"}  # of the gains and of the candidates alike
     assert len(calls) == 9  # dense and eight candidates
     assert 0.5 < profile.points[0].predicted.density < 0.9

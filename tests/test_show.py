@@ -45,7 +45,12 @@ def heatmap(lines: list[str]) -> list[list[str]]:
 
 def test_summary_and_points() -> None:
     text = "\n".join(printed(EXAMPLE))
-    for part in ("tiny/llama", "3 layers, 4 query / 2 KV heads", "antidiagonal, stride 8, block 64", "wikipedia.txt"):
+    for part in (
+        "tiny/llama",
+        "3 layers, 4 query / 2 KV heads",
+        "antidiagonal, stride 8, block 64, order score",
+        "wiki",
+    ):
         assert part in text
     assert re.search(r"balanced\* +predicted +0\.251 +0\.0123 +- +1\.65%", text)
     assert "balanced: density=0.25" in text

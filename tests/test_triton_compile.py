@@ -56,13 +56,14 @@ def entries() -> dict[str, Callable[[], Any]]:
             return lambda: selection.lists_from_mask(torch.ones(1, 1, 1, blocks, dtype=torch.bool), geometry)
         if source == "scores":
             return lambda: selection.select_blocks(torch.zeros(1, 1, 1, blocks), limits, geometry)
-        return lambda: selection.select_from_lse(torch.zeros(1, 1, 8, blocks), limits, geometry, 16)
+        order = "recent" if source == "recent" else "score"
+        return lambda: selection.select_from_lse(torch.zeros(1, 1, 8, blocks), limits, geometry, 16, order=order)
 
     table = {f"scoring d{dim} s{stride}": score(dim, stride) for dim in HEAD_DIMS for stride in (8, 16)}
     table |= {f"attention d{dim}": attend(dim) for dim in HEAD_DIMS}
     table |= {f"attention lse d{dim}": attend(dim, with_lse=True) for dim in (64, 128)}
     table |= {f"sweep d{dim}": measure(dim) for dim in HEAD_DIMS}
-    table |= {f"selection {source} n1024": select(1024, source) for source in ("lse", "scores", "mask")}
+    table |= {f"selection {source} n1024": select(1024, source) for source in ("lse", "recent", "scores", "mask")}
     return table | {"scoring fp8 d128 s16": score(128, 16, "fp8"), "selection lse n8192": select(8192, "lse")}
 
 
@@ -119,7 +120,7 @@ def test_everything_compiles_without_spills(capability: int, names: tuple[str, .
     print("\n" + report(rows))
     assert {row["entry"] for row in rows} >= set(names)
     if capability == 90:
-        assert len({row["entry"] for row in rows}) == 19
+        assert len({row["entry"] for row in rows}) == 20
     for row in rows:
         said = report([row])
         assert row["spill_bytes"] <= MOST_SPILLS[row["entry"].split()[0]], said

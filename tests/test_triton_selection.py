@@ -33,6 +33,7 @@ REPRODUCIBLE: dict[str, Any] = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
 ONE = 2**52  # of the fixed point, as the design states it
+ORDERS = ("score", "recent")
 POLICIES = ("threshold", "top-k", "ratio")
 KINDS = ("dyadic", "equal", "zeros", "smooth", "sharp", "one block", "neighbours", "tiny", "negative zeros", "large")
 LAYOUTS = ("contiguous", "heads last", "one sequence for all", "every second block")
@@ -53,6 +54,7 @@ class Case:
     policy: str
     limits: tuple[float, ...]
     seed: int
+    order: str = "score"
 
     @property
     def geometry(self) -> Geometry:
@@ -86,6 +88,7 @@ def cases(draw: st.DrawFn) -> Case:
         policy=policy,
         limits=tuple(draw(st.lists(one, min_size=heads, max_size=heads))),
         seed=draw(st.integers(0, 2**16)),
+        order=draw(st.sampled_from(ORDERS)),
     )
 
 
@@ -158,20 +161,24 @@ def assert_lists(lists: BlockLists, expected: torch.Tensor) -> None:
 @example(case=Case(1, 1, 64, True, 1, 1, "zeros", "contiguous", "threshold", (0.0,), 0))
 @example(case=Case(1, 40, 128, False, 2, 2, "one block", "heads last", "ratio", (0.0, 1.0), 0))
 @example(case=Case(130, 263, 64, True, 1, 2, "equal", "contiguous", "threshold", (1.0, 0.999), 0))
+@example(case=Case(130, 263, 64, True, 1, 2, "equal", "contiguous", "top-k", (3.0, 4.0), 0, "recent"))
+@example(case=Case(128, 263, 64, False, 1, 2, "zeros", "contiguous", "threshold", (0.0, 2.0**-20), 0, "recent"))
 def test_the_set_is_the_reference_set(case: Case) -> None:
     scores, limits = scores_of(case), torch.tensor(case.limits)
-    expected = reference.select_blocks(scores, limits, case.geometry, case.policy)
+    expected = reference.select_blocks(scores, limits, case.geometry, case.policy, case.order)
     with poisoned():
-        lists = selection.select_blocks(scores, limits, case.geometry, case.policy)
+        lists = selection.select_blocks(scores, limits, case.geometry, case.policy, case.order)
     assert_lists(lists, expected)
     assert torch.equal(selection.mask_from_lists(lists, case.geometry), expected)
 
 
-def kept_by_the_rule(scores: list[float], forced: set[int], threshold: float) -> list[bool]:
-    """One row in whole numbers, from the rule's wording."""
+def kept_by_the_rule(scores: list[float], forced: set[int], first: set[int], threshold: float) -> list[bool]:
+    """One row in whole numbers, from the rule's wording; ``first`` is what comes before the others whatever its score."""
     fixed = [math.floor(Fraction(score) * ONE) for score in scores]
     limit = math.ceil(Fraction(threshold) * ONE)
-    order = sorted(range(len(scores)), key=lambda block: (block not in forced, -scores[block], block))
+    order = sorted(
+        range(len(scores)), key=lambda block: (block not in forced, block not in first, -scores[block], block)
+    )
     kept = [False] * len(scores)
     total = 0
     for block in order:
@@ -186,22 +193,25 @@ def kept_by_the_rule(scores: list[float], forced: set[int], threshold: float) ->
     blocks=st.integers(1, 70),
     taken=st.integers(0, 70),
     nudge=st.sampled_from([-1, 0, 1]),
+    order=st.sampled_from(ORDERS),
     seed=st.integers(0, 2**16),
 )
 def test_a_threshold_at_a_cumulative_sum_cuts_exactly(
-    kind: str, blocks: int, taken: int, nudge: int, seed: int
+    kind: str, blocks: int, taken: int, nudge: int, order: str, seed: int
 ) -> None:
-    """Thresholds are the sum of the best blocks of a row, the fp32 number below it and the one above."""
+    """Thresholds are the sum of the preferred blocks of a row, the fp32 number below it and the one above."""
     scores = make_scores(kind, (1, 1, 1, blocks), seed)
     geometry = Geometry(1, 64 * blocks, 64, True)
     row = scores.flatten().tolist()
-    threshold = torch.tensor(math.fsum(sorted(row, reverse=True)[:taken]))
+    first = {blocks - 2} if order == "recent" else set()
+    preferred = sorted(range(blocks), key=lambda block: (block in (0, blocks - 1), block in first, row[block]))[::-1]
+    threshold = torch.tensor(math.fsum(row[block] for block in preferred[:taken]))
     if nudge:
         threshold = threshold.nextafter(torch.tensor(float(nudge > 0) * 4))
     threshold = threshold.clamp(0, 1)
-    expected = torch.tensor(kept_by_the_rule(row, {0, blocks - 1}, float(threshold))).view(1, 1, 1, -1)
-    assert torch.equal(reference.select_blocks(scores, threshold[None], geometry, "threshold"), expected)
-    lists = selection.select_blocks(scores.to(DEVICE), threshold[None], geometry, "threshold")
+    expected = torch.tensor(kept_by_the_rule(row, {0, blocks - 1}, first, float(threshold))).view(1, 1, 1, -1)
+    assert torch.equal(reference.select_blocks(scores, threshold[None], geometry, "threshold", order), expected)
+    lists = selection.select_blocks(scores.to(DEVICE), threshold[None], geometry, "threshold", order)
     assert_lists(lists, expected.to(DEVICE))
 
 
@@ -213,10 +223,11 @@ def test_rows_of_8192_blocks(blocks: int, kind: str, policy: str, limit: float) 
     scores = make_scores(kind, (1, 1, 1, blocks), blocks).to(DEVICE)
     if kind == "dyadic":
         scores /= 256
-    expected = reference.select_blocks(scores, torch.tensor([limit]), geometry, policy)
-    with poisoned():
-        lists = selection.select_blocks(scores, torch.tensor([limit]), geometry, policy)
-    assert_lists(lists, expected)
+    for order in ORDERS:
+        expected = reference.select_blocks(scores, torch.tensor([limit]), geometry, policy, order)
+        with poisoned():
+            lists = selection.select_blocks(scores, torch.tensor([limit]), geometry, policy, order)
+        assert_lists(lists, expected)
 
 
 def test_longer_rows_are_refused() -> None:
@@ -275,13 +286,13 @@ def test_log_sum_exps_become_scores_and_the_same_lists(case: Case, stride: int, 
     lse = in_layout(make_lse(case, stride, magnitude), case.layout)
     with poisoned():
         scores = selection.average_lse(lse, geometry, stride)
-        fused = selection.select_from_lse(lse, limits, geometry, stride, case.policy)
+        fused = selection.select_from_lse(lse, limits, geometry, stride, case.policy, case.order)
     truth = average_fp64(lse, geometry, stride, torch.float64)
     error = (scores.double() - truth).abs().max()
     plain_error = (average_fp64(lse, geometry, stride, torch.float32) - truth).abs().max()
     assert float(error) <= 2 * float(plain_error) + 2.0**-23
     hidden = ~geometry.visible(DEVICE)
     assert not scores.masked_select(hidden).any(), "what causality hides is 0"
-    expected = reference.select_blocks(scores, limits, geometry, case.policy)
-    assert_lists(selection.select_blocks(scores, limits, geometry, case.policy), expected)
+    expected = reference.select_blocks(scores, limits, geometry, case.policy, case.order)
+    assert_lists(selection.select_blocks(scores, limits, geometry, case.policy, case.order), expected)
     assert_lists(fused, expected)

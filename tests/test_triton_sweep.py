@@ -54,6 +54,7 @@ class Case:
     scale: float | None = None
     layout: str = "contiguous"
     seed: int = 0
+    order: str = "score"
 
     @property
     def q_heads(self) -> int:
@@ -74,6 +75,7 @@ class Inputs:
     projection: torch.Tensor
     geometry: Geometry
     scale: float
+    order: str
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -118,7 +120,7 @@ def inputs(case: Case) -> Inputs:
         seed=0,
     )
     projection = draw(case.q_heads, case.head_dim, case.rank) / math.sqrt(case.head_dim)
-    return Inputs(query, key, value, scores, grid, projection, case.geometry, scale)
+    return Inputs(query, key, value, scores, grid, projection, case.geometry, scale, case.order)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def truth_of(case: Case, data: Inputs) -> Truth:
     errors, counts, noises = [], [], []
     for tau in data.grid:
         limits = tau.expand(case.q_heads)
-        mask = reference.select_blocks(data.scores, limits, data.geometry, "threshold")
+        mask = reference.select_blocks(data.scores, limits, data.geometry, "threshold", case.order)
         tokens = mask.repeat_interleave(case.block_size, -2).repeat_interleave(case.block_size, -1)
         kept = tokens[..., : case.q_len, : case.k_len] & visible
         dropped_logits = logits.masked_fill(kept | ~visible, -torch.inf)
@@ -209,6 +211,7 @@ def cases(draw: st.DrawFn) -> Case:
         scale=draw(st.sampled_from([None, None, None, 0.05, -0.1])),
         layout=draw(st.sampled_from(["contiguous", "transposed", "odd address"])),
         seed=draw(st.integers(0, 2**16)),
+        order=draw(st.sampled_from(["score", "recent"])),
     )
 
 
@@ -234,6 +237,8 @@ FIXED = [
     Case(2, 1, 1, 100, 233, 96, 1, 24, seed=8),
     Case(1, 1, 1, 64, 1100, 32, 8, 101, seed=9),
     Case(1, 1, 1, 1, 1, 32, 8, 2, seed=10),
+    Case(1, 1, 2, 130, 420, 40, 16, 26, seed=11, order="recent"),
+    Case(1, 1, 1, 200, 256, 32, 8, 20, causal=False, dtype=torch.float16, seed=12, order="recent"),
 ]
 
 
@@ -244,7 +249,7 @@ def shape_id(case: Case) -> str:
     kind = "causal" if case.causal else "full"
     dtype = str(case.dtype).removeprefix("torch.")
     shape = f"b{case.batch}-h{case.q_heads}over{case.k_heads}-q{case.q_len}-k{case.k_len}-d{case.head_dim}"
-    return f"{shape}-l{case.levels}-{kind}-{dtype}"
+    return f"{shape}-l{case.levels}-{kind}-{dtype}-{case.order}"
 
 
 @pytest.mark.parametrize("case", FIXED, ids=shape_id)

@@ -35,6 +35,7 @@ __all__ = [
     "OperatingPoint",
     "Prediction",
     "Profile",
+    "SearchRound",
     "content_sha256",
     "dump_profile",
     "json_schema",
@@ -93,20 +94,31 @@ Change = Annotated[float, Field(strict=True, le=1, allow_inf_nan=False)]  # of a
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", revalidate_instances="always")
 
-    # Keys that came after the first files: not written while None, so that those files keep their content_sha256.
+    # Keys that came after the first files: not written while they have their default, so that those files keep their
+    # content_sha256.
     _later: ClassVar[frozenset[str]] = frozenset()
 
     @_model_serializer(mode="wrap")
     def _without_later(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if value is not None or key not in self._later}
+        fields = type(self).model_fields
+        return {
+            key: value for key, value in handler(self).items() if key not in self._later or value != fields[key].default
+        }
 
 
 class Method(_Model):
-    """How scores are taken: group size S in tokens, block size B in tokens, and the pattern inside a group."""
+    """How blocks are chosen: group size S and block size B in tokens, the pattern inside a group, the order of preference.
+
+    order: "score" is the published rule; with "recent" the block before a row's own comes right after those always kept, which
+    is our own departure from it (docs/kernels.md).
+    """
+
+    _later = frozenset({"order"})
 
     stride: Annotated[Literal[4, 8, 16, 32, 64], BeforeValidator(_integer)]
     block_size: Annotated[Literal[64, 128], BeforeValidator(_integer)]
     pattern: Literal["antidiagonal", "diagonal", "random"] = "antidiagonal"
+    order: Literal["score", "recent"] = "score"
 
 
 SHAPE = ("model_type", "layers", "query_heads", "kv_heads", "head_dim")
@@ -258,14 +270,29 @@ class Prediction(_Model):
     by_length: tuple[LengthPrediction, ...] | None = None
 
 
+class SearchRound(_Model):
+    """A step of the search from measurements with all layers sparse; KLs in nats per token on calibration samples.
+
+    expected: what the local model says of the KL after the step; measured: what it is; others: the same, each sample at the
+    step that the other samples asked for; density: blocks kept after it, in [0, 1]; taken: whether it was.
+    """
+
+    expected: Real
+    measured: Real
+    others: Real
+    density: Fraction
+    taken: Annotated[bool, Field(strict=True)]
+
+
 class OperatingPoint(_Model):
     """One named choice of all taus: thresholds[bin][layer][query head], each in [0, 1].
 
-    verified: whether the held-out figures meet the target by the rule of docs/search.md; False where they miss it or where
-    there are none, None where nobody asked (files written before there was the rule).
+    rounds: the steps after the first search, by length bin; None where none was tried. verified: whether the held-out figures
+    meet the target by the rule of docs/search.md; False where they miss it or where there are none, None where nobody asked
+    (files written before there was the rule).
     """
 
-    _later = frozenset({"verified"})
+    _later = frozenset({"verified", "rounds"})
 
     name: Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
     target: Text
@@ -276,6 +303,7 @@ class OperatingPoint(_Model):
     heldout: Evidence | None = None
     bound: Bound | None = None
     verified: Annotated[bool, Field(strict=True)] | None = None
+    rounds: tuple[tuple[SearchRound, ...], ...] | None = None
 
     @_model_validator(mode="after")
     def _check(self) -> "OperatingPoint":

@@ -54,7 +54,8 @@ class _Interposed:
 
     def _select(self, call: AttentionCall, scores: torch.Tensor, limits: Any, scoring: Scoring) -> torch.Tensor:
         lengths: dict[str, Any] = {"q_len": call.query.shape[2], "k_len": call.key.shape[2]}
-        return select_blocks(scores, limits, block_size=self._block_size, policy=scoring.policy, **lengths)
+        how: dict[str, Any] = {"policy": scoring.policy, "order": scoring.order}
+        return select_blocks(scores, limits, block_size=self._block_size, **how, **lengths)
 
 
 class VariantAttention(_Interposed):

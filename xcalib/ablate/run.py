@@ -24,6 +24,7 @@ from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.errors import AblationError, DataError
 from xcalib.evaluation import refuse_overlap
+from xcalib.kernels.api import Order
 from xcalib.models.structure import describe_model
 from xcalib.profile import ModelIdentity
 from xcalib.progress import Progress, silent
@@ -50,6 +51,11 @@ class _Job:
     progress: Progress
     command: str
     remarks: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def searched_order(self) -> Order:
+        """Order of preference in the table ``threshold``: that of its curves, a collection's default where they are to come."""
+        return CollectSettings.order if self.curves is None else self.curves.settings.order
 
 
 def run_table(
@@ -151,6 +157,7 @@ def _identity(job: _Job) -> Record:
         "calibration data": job.samples.tokens_sha256,
         "held-out data": job.heldout.tokens_sha256,
         "curves": None if job.curves is None else job.curves.calibration["tokens_sha256"],
+        "searched order": job.searched_order,
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
     }
@@ -170,7 +177,7 @@ def _measured_tables(job: _Job, units: Units) -> Iterator[tuple[str, Record]]:
     if not wanted:
         return
     began = time.monotonic()
-    variants = {table: variants_of(table, job.settings.stride) for table in wanted}
+    variants = {table: variants_of(table, job.settings.stride, job.searched_order) for table in wanted}
     limits = _limits(job, {v.scoring for lines in variants.values() for v in lines}, units)
     if not any(limits.values()):
         raise AblationError(
@@ -182,8 +189,17 @@ def _measured_tables(job: _Job, units: Units) -> Iterator[tuple[str, Record]]:
     measurement = _measure(job, settings, units)
     for table in wanted:
         result = make_table(table, lines[table], measurement, job.settings.densities)
-        result["remarks"] += job.remarks.get(table, [])
+        result["remarks"] += [*job.remarks.get(table, []), *_order_remark(table, job.searched_order)]
         yield table, make_record(_context(job, table), result, began)
+
+
+def _order_remark(table: str, searched: Order) -> list[str]:
+    if table != "threshold" or searched == "score":
+        return []
+    return [
+        f"all three lines prefer blocks in the order {searched!r}, which is ours (docs/kernels.md): the paper's is 'score', and "
+        "curves of 'xcalib collect --order score' compare in that"
+    ]
 
 
 def _limits(job: _Job, scorings: set[Scoring], units: Units) -> dict[Scoring, list[float]]:
@@ -225,7 +241,10 @@ def _line(job: _Job, table: str, variant: Variant, limits: dict[Scoring, list[fl
 def _curves(job: _Job) -> Curves:
     if job.curves is None:
         settings = CollectSettings(
-            stride=job.settings.stride, block_size=job.settings.block_size, gain_samples=job.settings.gain_samples
+            stride=job.settings.stride,
+            block_size=job.settings.block_size,
+            order=job.searched_order,
+            gain_samples=job.settings.gain_samples,
         )
         job.curves = collect(
             job.model,

@@ -110,6 +110,7 @@ def _variant(line: Line, measurement: Measurement) -> Record:
         "stride": variant.scoring.stride,
         "pattern": variant.scoring.pattern,
         "policy": variant.scoring.policy,
+        "order": variant.scoring.order,
         "thresholds": variant.thresholds,
         "figure": variant.figure,
         "settings": [_setting(setting, measurement.settings[setting.key]) for setting in settings],

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from xcalib.ablate.paper import PAPER
 from xcalib.errors import AblationError
-from xcalib.kernels.api import STRIDES, Pattern, Policy
+from xcalib.kernels.api import STRIDES, Order, Pattern, Policy
 
 __all__ = ["MEASURED", "TABLES", "Scoring", "Setting", "Variant", "check_tables", "variants_of"]
 
@@ -19,15 +19,16 @@ PATTERN_STRIDES = (8, 16)
 
 @dataclass(frozen=True)
 class Scoring:
-    """How blocks are scored and by what they are selected."""
+    """How blocks are scored, by what they are selected, and in which order of preference."""
 
     stride: int
     pattern: Pattern = "antidiagonal"
     policy: Policy = "threshold"
+    order: Order = "score"
 
     @property
     def key(self) -> str:
-        return f"{self.pattern}-{self.stride}-{self.policy}"
+        return f"{self.pattern}-{self.stride}-{self.policy}-{self.order}"
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,12 @@ def check_tables(names: tuple[str, ...]) -> None:
             raise AblationError(f"table {name!r} is unknown, expected one of {', '.join(TABLES)} or all")
 
 
-def variants_of(table: str, stride: int) -> tuple[Variant, ...]:
-    """The lines of a measured table; ``stride`` is that of the tables that do not vary it."""
+def variants_of(table: str, stride: int, searched: Order = "score") -> tuple[Variant, ...]:
+    """The lines of a measured table.
+
+    ``stride`` is that of the tables that do not vary it, ``searched`` the order of the curves that the table ``threshold`` is
+    solved on: all its lines have that, so that only the thresholds differ. The other tables have the paper's order.
+    """
     if table == "pattern":
         return tuple(
             Variant(f"{pattern} S={size}", Scoring(size, pattern), pattern, f"S={size}", pattern == "antidiagonal")
@@ -98,8 +103,9 @@ def variants_of(table: str, stride: int) -> tuple[Variant, ...]:
         return tuple(
             Variant(policy, Scoring(stride, policy=policy), policy, "", policy == "threshold") for policy in policies
         )
+    scoring = Scoring(stride, order=searched)
     return (
-        Variant("single tau", Scoring(stride), "single tau", "", baseline=True),
-        Variant("published DP", Scoring(stride), "published DP", "", thresholds="paper"),
-        Variant("ours", Scoring(stride), "", "", thresholds="knapsack"),
+        Variant("single tau", scoring, "single tau", "", baseline=True),
+        Variant("published DP", scoring, "published DP", "", thresholds="paper"),
+        Variant("ours", scoring, "", "", thresholds="knapsack"),
     )

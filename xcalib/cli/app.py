@@ -27,7 +27,7 @@ from xcalib.errors import ModelError, XcalibError
 from xcalib.evaluation import evaluate_plans, plans_to_evaluate
 from xcalib.models.structure import describe_model
 from xcalib.profile import load_profile
-from xcalib.search import Objective, SearchMethod, build_profile, parse_targets, require_measured
+from xcalib.search import DEFAULT_ROUNDS, Objective, SearchMethod, build_profile, parse_targets, require_measured
 from xcalib.search import search as search_model
 
 __all__ = ["app"]
@@ -107,7 +107,9 @@ def search(
     stride: opt.Stride = 16,
     block_size: opt.BlockSize = 128,
     pattern: opt.Pattern = "antidiagonal",
+    order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
+    rounds: opt.Rounds = DEFAULT_ROUNDS,
     curves: Annotated[Path | None, typer.Option(help="Use the curves of this folder instead of measuring.")] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
@@ -143,7 +145,7 @@ def search(
             raise typer.BadParameter("give MODEL, or --curves FOLDER", param_hint="MODEL")
         profile = build_profile(measured, targets, **chosen)
     else:
-        settings = opt.collect_settings(stride, block_size, pattern, gain_samples)
+        settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
         loaded = opt.open_model(model, device, dtype, trust_remote_code)
         if measured is not None:
             _same_model(measured[0].model, loaded)
@@ -160,7 +162,8 @@ def search(
         with resumable("run the same command with --resume"), reporting_misses(out, as_json):
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
-                curves=measured, folder=folder, name=model, resume=resume, force=force, progress=progress, **chosen,
+                rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, progress=progress,
+                **chosen,
             )  # fmt: skip
     write_profile(profile, out, as_json)
 
@@ -186,6 +189,7 @@ def collect(
     stride: opt.Stride = 16,
     block_size: opt.BlockSize = 128,
     pattern: opt.Pattern = "antidiagonal",
+    order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
     measure: opt.Measures = None,
     device: opt.Device = None,
@@ -196,7 +200,7 @@ def collect(
 ) -> None:
     """Measure the curves of every head and the layer gains, and keep them for `xcalib search --curves`."""
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
-    settings = opt.collect_settings(stride, block_size, pattern, gain_samples, measure or ())
+    settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples, measure or ())
     loaded = opt.open_model(model, device, dtype, trust_remote_code)
     samples = opt.read_sets(
         data, loaded, tokens, num_samples=num_samples, min_length=min_length, seed=seed, split="calibration"
@@ -269,7 +273,7 @@ def evaluate(
     units = None
     if work is not None:
         identity = {
-            "plans": {k: v.thresholds.tolist() for k, v in plans.items()},
+            "plans": {k: v.record() for k, v in plans.items()},
             "data": samples.tokens_sha256,
             "questions": samples.questions_sha256,
             "model": model,

@@ -169,6 +169,7 @@ def _to_table(profile: Profile, out: Path, name: str | None, point: str | None, 
             f"say; the public implementation takes block {BLOCK_SIZE} and antidiagonal",
             soft_wrap=True,
         )
+    _note_order(profile, "which a table does not say")
     return {
         **figures,
         "table": name,
@@ -188,7 +189,17 @@ def _to_config(
     chosen = profile.point(point)
     figures = _figures(profile, [row for rows in chosen.thresholds for row in rows])
     _report(out, f"sparse_attention_config, point {chosen.name}", figures)
+    _note_order(profile, "as the block says")
     return {**figures, "config": str(config), "point": chosen.name, "profile_sha256": profile.content_sha256}
+
+
+def _note_order(profile: Profile, said: str) -> None:
+    if profile.method.order != "score":
+        console.print(
+            f"note: these hold for the order of preference {profile.method.order!r}, {said}; the public implementation has "
+            "'score' alone",
+            soft_wrap=True,
+        )
 
 
 def _figures(profile: Profile, rows: Any) -> dict[str, Any]:
@@ -198,6 +209,7 @@ def _figures(profile: Profile, rows: Any) -> dict[str, Any]:
         "layers": profile.model.layers,
         "query_heads": profile.model.query_heads,
         **profile.method.model_dump(),
+        "order": profile.method.order,
         "dense_layers": list(profile.dense_layers),
         "threshold": {"min": min(taus), "mean": sum(taus) / len(taus), "max": max(taus)},
     }

@@ -55,7 +55,7 @@ def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any
     profile = build_profile(curves, DEFAULT_TARGETS)
     plans = plans_to_evaluate(loaded.model, profile, uniform=single_taus(curves, profile))
     identity = {
-        "plans": {k: v.thresholds.tolist() for k, v in plans.items()},
+        "plans": {k: v.record() for k, v in plans.items()},
         "data": heldout.tokens_sha256,
         "every": DEMO_EVERY,
     }

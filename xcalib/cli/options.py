@@ -48,6 +48,12 @@ Seed = Annotated[int, typer.Option(min=0, help="Of windows, needles and everythi
 Stride = Annotated[int, typer.Option(help="Tokens per group of the scoring (S): 4, 8, 16, 32 or 64.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens per block (B): 64 or 128.")]
 Pattern = Annotated[kernels.Pattern, typer.Option(help="Which query of a group meets which key.")]
+Order = Annotated[
+    kernels.Order,
+    typer.Option(
+        help="Of preference: recent takes the block before a row's own right after those always kept, score is the paper's."
+    ),
+]
 Measures = Annotated[
     list[str] | None,
     typer.Option(
@@ -57,6 +63,14 @@ Measures = Annotated[
     ),
 ]
 GainSamples = Annotated[int, typer.Option(min=1, help="Samples that measure the layer gains.")]
+Rounds = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Steps after the first search: measure with all layers sparse, search again (docs/search.md). Each takes about as "
+        "long as ten dense passes over the samples, for every target; 0 leaves them out.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there is one, else cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")]
@@ -68,7 +82,12 @@ SIZES = {"stride": STRIDES, "block-size": BLOCK_SIZES}
 
 
 def collect_settings(
-    stride: int, block_size: int, pattern: kernels.Pattern, gain_samples: int, measures: Sequence[str] = ()
+    stride: int,
+    block_size: int,
+    pattern: kernels.Pattern,
+    order: kernels.Order,
+    gain_samples: int,
+    measures: Sequence[str] = (),
 ) -> CollectSettings:
     """Checked settings of a measurement; a usage error names the option and what is allowed."""
     for option, value in (("stride", stride), ("block-size", block_size)):
@@ -80,7 +99,7 @@ def collect_settings(
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(get_args(Measure))}", param_hint="--measure")
     chosen = tuple(name for name in get_args(Measure) if name in measures)  # --resume takes them in any order
     return CollectSettings(
-        stride=stride, block_size=block_size, pattern=pattern, gain_samples=gain_samples, measures=chosen
+        stride=stride, block_size=block_size, pattern=pattern, order=order, gain_samples=gain_samples, measures=chosen
     )
 
 

@@ -59,7 +59,7 @@ def _summary(profile: Profile) -> Table:
         "model": f"{model.name}{commit}",
         "shape": f"{model.model_type}, {model.layers} layers, {model.query_heads} query / {model.kv_heads} KV heads, "
         f"head_dim {model.head_dim}",
-        "method": f"{method.pattern}, stride {method.stride}, block {method.block_size}",
+        "method": f"{method.pattern}, stride {method.stride}, block {method.block_size}, order {method.order}",
         "lengths": _lengths(profile),
         "dense layers": dense,
         "calibration": f"{calibration.samples} samples of {lengths}, seed {calibration.seed}",

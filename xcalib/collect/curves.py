@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 from xcalib._files import replace_file
 from xcalib._yaml import one_line
 from xcalib.errors import CurvesError
-from xcalib.kernels.api import Pattern
+from xcalib.kernels.api import Order, Pattern
 from xcalib.profile import Calibration, ModelIdentity
 
 __all__ = ["DEFAULT_GRID", "CollectSettings", "Curves", "Measure", "load_curves", "save_curves", "write_atomically"]
@@ -39,6 +39,8 @@ class CollectSettings:
         stride: tokens per group (S) of the scoring.
         block_size: tokens per block (B).
         pattern: of the scoring.
+        order: of preference: ``"recent"`` takes the block before a row's own right after those always kept, which is our own
+            departure from the paper; ``"score"`` is the paper's (:func:`xcalib.kernels.select_blocks`).
         grid: ascending taus, the first 0 and the last 1.
         gain_samples: how many samples measure the layer gains.
         gain_density: density at which a layer is switched to measure its gain.
@@ -52,6 +54,7 @@ class CollectSettings:
     stride: int = 16
     block_size: int = 128
     pattern: Pattern = "antidiagonal"
+    order: Order = "recent"
     grid: tuple[float, ...] = DEFAULT_GRID
     gain_samples: int = 2
     gain_density: float = 0.25
@@ -225,7 +228,7 @@ def load_curves(folder: str | os.PathLike[str]) -> Curves:
         settings: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in record["settings"].items()
         }
-        checked = CollectSettings(**settings)
+        checked = CollectSettings(**{"order": "score"} | settings)  # files from before there were two
         curves = Curves(
             settings=checked,
             model=dict(record["model"]),

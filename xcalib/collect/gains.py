@@ -99,7 +99,9 @@ class GainMeter:
         for layer, values in chosen.items():
             thresholds[0, layer] = torch.as_tensor(values)
         settings = self._settings
-        return SparsePlan(settings.stride, settings.block_size, settings.pattern, ((0, None),), thresholds)
+        return SparsePlan(
+            settings.stride, settings.block_size, settings.pattern, ((0, None),), thresholds, order=settings.order
+        )
 
     @contextmanager
     def _start_at(self, layer: int, outputs: dict[int, Any]) -> Iterator[None]:

@@ -131,6 +131,7 @@ def sweep_call(call: AttentionCall, projection: torch.Tensor, settings: CollectS
         block_size=settings.block_size,
         scale=call.scale,
         pattern=settings.pattern,
+        order=settings.order,
     )
 
 

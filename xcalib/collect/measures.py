@@ -82,6 +82,7 @@ class Measures:
                 block_size=settings.block_size,
                 scale=call.scale,
                 pattern=settings.pattern,
+                order=settings.order,
             )
 
         def mass(index: int, advance: Advance) -> Arrays:

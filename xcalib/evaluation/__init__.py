@@ -107,9 +107,7 @@ def _uniform_plan(model: Any, profile: Profile | None, tau: float) -> SparsePlan
     if profile is None:
         return SparsePlan(16, 128, "antidiagonal", ((0, None),), torch.full(shape, tau))
     plan = sparse_plan(profile, None)
-    return SparsePlan(
-        plan.stride, plan.block_size, plan.pattern, plan.bins, torch.full_like(plan.thresholds, tau), plan.dense_layers
-    )
+    return dataclasses.replace(plan, thresholds=torch.full_like(plan.thresholds, tau))
 
 
 def evaluate_plans(

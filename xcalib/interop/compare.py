@@ -148,6 +148,8 @@ def _span(part: Any) -> str:
 
 def _settings(first: Profile, second: Profile) -> Iterator[tuple[str, Any, Any]]:
     ours, theirs = first.model_dump(mode="json"), second.model_dump(mode="json")
+    for profile, data in ((first, ours), (second, theirs)):
+        data["method"]["order"] = profile.method.order  # not written while it is the paper's
     for group in ("model", "method", "calibration", "versions"):
         for key in dict.fromkeys([*ours[group], *theirs[group]]):
             if ours[group].get(key) != theirs[group].get(key):

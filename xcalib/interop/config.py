@@ -30,6 +30,7 @@ def sparse_attention_block(profile: Profile, point: str | None = None) -> dict[s
         "method": "xattention",
         "format_version": FORMAT_VERSION,
         **profile.method.model_dump(),
+        "order": profile.method.order,
         "dense_layers": list(profile.dense_layers),
         "length_bins": [
             {**length_bin.model_dump(), "thresholds": [list(row) for row in rows]} for length_bin, rows in bins

@@ -1,6 +1,6 @@
 """Block sparse prefill in a patched model: thresholds per layer and head, dense elsewhere, and every call counted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from xcalib.errors import ModelError
-from xcalib.kernels.api import Backend, Pattern, attend
+from xcalib.kernels.api import Backend, Order, Pattern, attend
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.tuning import crossover
 from xcalib.models.attention import AttentionCall, patch_attention
@@ -32,6 +32,7 @@ class SparsePlan:
             before ends. Below the first, prefill is dense; beyond the last, the last is used.
         thresholds: fp32 ``(bins, layers, q_heads)`` in [0, 1].
         dense_layers: layers that are never sparse.
+        order: of preference, ``"score"`` or ``"recent"`` (:func:`xcalib.kernels.select_blocks`).
 
     Raises:
         ValueError: thresholds or bins are not as above.
@@ -43,6 +44,7 @@ class SparsePlan:
     bins: tuple[tuple[int, int | None], ...]
     thresholds: torch.Tensor
     dense_layers: frozenset[int] = frozenset()
+    order: Order = "score"
 
     def __post_init__(self) -> None:
         taus = self.thresholds
@@ -60,6 +62,14 @@ class SparsePlan:
         """The bin that serves ``k_len`` keys, the last one beyond its end; None below the first."""
         reached = [index for index, (start, _) in enumerate(self.bins) if k_len >= start]
         return reached[-1] if reached else None
+
+    def record(self) -> dict[str, Any]:
+        """All that decides which blocks are kept, ready for JSON."""
+        return {
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+            "thresholds": self.thresholds.tolist(),
+            "dense_layers": sorted(self.dense_layers),
+        }
 
     def is_beyond(self, k_len: int) -> bool:
         """Whether ``k_len`` keys are more than the last bin was made for."""
@@ -252,6 +262,7 @@ class SparseAttention:
             block_size=plan.block_size,
             scale=call.scale,
             pattern=plan.pattern,
+            order=plan.order,
             backend=self._backend,
         )
 

@@ -125,6 +125,7 @@ def sparse_plan(profile: "Profile", point: str | None = None) -> "SparsePlan":
         bins=tuple((length.min_length, length.max_length) for length in profile.length_bins),
         thresholds=torch.tensor(profile.point(point).thresholds, dtype=torch.float32),
         dense_layers=frozenset(profile.dense_layers),
+        order=profile.method.order,
     )
 
 

@@ -13,10 +13,12 @@ from xcalib.search.objectives import Objective, require_measured
 from xcalib.search.paper import PaperResult, paper_thresholds
 from xcalib.search.plan import Planned, SearchMethod, Tables, plan_point, uniform_thresholds
 from xcalib.search.profiles import DEFAULT_CALIBRATION, CalibrationData, build_profile, search
+from xcalib.search.sequential import DEFAULT_ROUNDS
 from xcalib.search.targets import DEFAULT_TARGETS, Target, parse_target, parse_targets
 
 __all__ = [
     "DEFAULT_CALIBRATION",
+    "DEFAULT_ROUNDS",
     "DEFAULT_TARGETS",
     "CalibrationData",
     "Choice",

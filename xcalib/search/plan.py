@@ -8,7 +8,7 @@ import numpy as np
 
 from xcalib.collect.curves import Curves
 from xcalib.errors import TargetError
-from xcalib.profile import Bound
+from xcalib.profile import Bound, SearchRound
 from xcalib.search.knapsack import knapsack, knapsack_min_cost
 from xcalib.search.objectives import Objective, losses
 from xcalib.search.paper import paper_thresholds
@@ -30,12 +30,14 @@ class Planned:
         density: predicted, over the measured layers.
         kl: predicted, nats per token.
         bound: optimality record (knapsack only).
+        rounds: steps that were tried from there (:mod:`xcalib.search.sequential`).
     """
 
     thresholds: np.ndarray
     density: float
     kl: float
     bound: Bound | None
+    rounds: tuple[SearchRound, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ from xcalib.search.lengths import (
 )
 from xcalib.search.objectives import OBJECTIVE_NAMES, Objective, measuring
 from xcalib.search.plan import AccuracyDrop, Planned, SearchMethod, Tables, plan_point
+from xcalib.search.sequential import DEFAULT_ROUNDS, Sequential
 from xcalib.search.targets import Target, parse_targets
 
 __all__ = ["DEFAULT_CALIBRATION", "CalibrationData", "build_profile", "search"]
 
+Improve = Callable[[Target, Planned], Planned]
 _PACKAGES = ("xcalib", "torch", "transformers", "numpy")
 
 
@@ -78,6 +80,7 @@ def search(
     curves: Curves | Sequence[Curves] | None = None,
     folder: str | os.PathLike[str] | None = None,
     name: str | None = None,
+    rounds: int = DEFAULT_ROUNDS,
     resume: bool = False,
     force: bool = False,
     progress: Progress = silent,
@@ -102,6 +105,8 @@ def search(
         curves: measured before, of one length or of several; skips the measurement.
         folder: where curves and unfinished work are kept; default a temporary folder.
         name: what the user calls the model.
+        rounds: how often to measure with all layers sparse and search again, from what the knapsack found first
+            (:mod:`xcalib.search.sequential`); 0 leaves it out, and it is left out where the samples are not the curves'.
         resume: go on with what ``folder`` holds.
         force: return the profile although a point misses its target on held-out data; the point is marked unverified.
         progress: draws the work.
@@ -132,6 +137,9 @@ def search(
             objective=objective,
             start_threshold=start_threshold,
             accuracy_drop=_drop_meters(model, sets, measured, tokenizer, progress),
+            improve=_improvers(
+                model, sets, measured, objective, rounds if method == "knapsack" else 0, root, resume, progress
+            ),
         )
         if heldout is None:
             return profile
@@ -185,7 +193,8 @@ def _evidence_identity(profile: Profile, heldout: SampleSet) -> dict[str, Any]:
     points = [(point.name, point.thresholds) for point in profile.points]
     bins = [part.model_dump() for part in profile.length_bins]
     data = {"heldout data": heldout.tokens_sha256, "heldout questions": heldout.questions_sha256}
-    return {"points": points, "bins": bins, "config": profile.model.config_sha256, **data}
+    method = profile.method.model_dump()
+    return {"points": points, "bins": bins, "method": method, "config": profile.model.config_sha256, **data}
 
 
 def build_profile(
@@ -196,11 +205,12 @@ def build_profile(
     objective: Objective = "tempered",
     start_threshold: float = 0.9,
     accuracy_drop: AccuracyDrop | Sequence[AccuracyDrop | None] | None = None,
+    improve: Sequence[Improve] | None = None,
 ) -> Profile:
     """Search the curves for every target; the profile carries predictions and no held-out evidence, so its points are unverified.
 
     Curves of several lengths, in ascending order, give one length bin each, and every target is met in each of them
-    (docs/lengths.md). ``accuracy_drop`` then has one entry for each.
+    (docs/lengths.md). ``accuracy_drop`` and ``improve``, which goes on from what the curves give, then have one entry for each.
 
     Raises:
         TargetError: a target cannot be reached, at one of the lengths.
@@ -212,17 +222,16 @@ def build_profile(
     points = []
     for target in targets:
         planned = []
-        for table, drop in zip(tables, drops, strict=True):
+        for index, (table, drop) in enumerate(zip(tables, drops, strict=True)):
             with at_length(table.curves, target, len(sets)):
-                planned.append(
-                    plan_point(table, target, method=method, start_threshold=start_threshold, accuracy_drop=drop)
-                )
+                plan = plan_point(table, target, method=method, start_threshold=start_threshold, accuracy_drop=drop)
+                planned.append(improve[index](target, plan) if improve else plan)
         points.append(_point(sets, target, planned, method, objective))
     names = [target.name for target in targets]
     settings, model = sets[0].settings, sets[0].model
     somewhere = {layer for one in sets for layer in one.layers}
     return make_profile(
-        method={"stride": settings.stride, "block_size": settings.block_size, "pattern": settings.pattern},
+        method={key: getattr(settings, key) for key in ("stride", "block_size", "pattern", "order")},
         model=model,
         dense_layers=tuple(layer for layer in range(int(model["layers"])) if layer not in somewhere),
         length_bins=length_bins(sets),
@@ -245,6 +254,7 @@ def _point(
         predicted=pooled_prediction(sets, planned),
         bound=worst_bound(planned),
         verified=False,
+        rounds=tuple(one.rounds for one in planned) if any(one.rounds for one in planned) else None,
     )
 
 
@@ -253,6 +263,34 @@ def _all_layers(curves: Curves, thresholds: np.ndarray) -> tuple[tuple[float, ..
     full = np.ones((int(curves.model["layers"]), thresholds.shape[1]))
     full[list(curves.layers)] = thresholds
     return tuple(tuple(float(tau) for tau in row) for row in full)
+
+
+def _improvers(
+    model: Any,
+    sets: Sequence[SampleSet],
+    measured: Sequence[Curves],
+    objective: Objective,
+    rounds: int,
+    root: Path,
+    resume: bool,
+    progress: Progress,
+) -> list[Improve] | None:
+    """For each length, what goes on from a plan by measuring with all layers sparse; None where nothing is to."""
+    same = [samples.tokens_sha256 for samples in sets] == [curves.calibration["tokens_sha256"] for curves in measured]
+    if rounds < 1 or not same:
+        return None
+
+    def improver(samples: SampleSet, curves: Curves) -> Improve:
+        identity = {"config": curves.model["config_sha256"], "data": samples.tokens_sha256}
+        settings = {key: str(value) for key, value in asdict(curves.settings).items()}
+        stamp = hashlib.sha256(json.dumps([identity, settings], sort_keys=True).encode()).hexdigest()[:16]
+        units = Units(
+            root / "rounds" / stamp, {**identity, **settings}, resume=True
+        )  # a unit's name says what it measured
+        work = Sequential(model, samples, Tables.of(curves, objective), units=units, progress=progress)
+        return lambda target, planned: work.improve(target, planned, rounds)
+
+    return [improver(samples, curves) for samples, curves in zip(sets, measured, strict=True)]
 
 
 def _drop_meters(
@@ -275,15 +313,10 @@ def _drop_meter(
 
     def measure(candidates: list[np.ndarray]) -> list[float]:
         settings = curves.settings
+        method = (settings.stride, settings.block_size, settings.pattern, ((0, None),))
         plans = {
-            str(number): SparsePlan(
-                settings.stride,
-                settings.block_size,
-                settings.pattern,
-                ((0, None),),
-                torch.tensor(_all_layers(curves, thresholds))[None],
-            )
-            for number, thresholds in enumerate(candidates)
+            str(number): SparsePlan(*method, torch.tensor(_all_layers(curves, taus))[None], order=settings.order)
+            for number, taus in enumerate(candidates)
         }
         data = SampleSet(samples=asking, dropped={}, specs=samples.specs, split=samples.split, seed=samples.seed)
         found = evaluate_plans(model, data, plans, tokenizer=tokenizer, progress=progress)
