@@ -17,6 +17,7 @@ __all__ = [
     "DataError",
     "ModelError",
     "ProfileError",
+    "StudyError",
     "TargetError",
     "TargetMissedError",
     "XcalibError",
@@ -63,6 +64,10 @@ class TargetMissedError(TargetError):
 
 class ProfileError(XcalibError):
     """A profile file is not valid; the message names the line or the key."""
+
+
+class StudyError(XcalibError):
+    """The storage of a refinement cannot be opened, or holds a study of something else."""
 
 
 class BenchError(XcalibError):

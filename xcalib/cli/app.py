@@ -1,7 +1,6 @@
 """The commands."""
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from xcalib.cli.demo import run_demo
 from xcalib.cli.diff import diff
 from xcalib.cli.found import reporting_misses, write_profile
 from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
+from xcalib.cli.refine import refine, refining
 from xcalib.cli.show import render_profile, unverified_points
 from xcalib.collect import collect as collect_curves
 from xcalib.collect import load_curves
@@ -40,6 +40,9 @@ app.command(epilog="Example: `xcalib convert TABLE.py --name llama_fuse_8 --mode
     convert
 )
 app.command(epilog="Example: `xcalib diff old.yaml new.yaml --point balanced`")(diff)
+app.command(
+    epilog="Example: `xcalib refine profile.yaml --curves xcalib-out/demo/curves --trials 40 --out refined.yaml`"
+)(refine)
 
 FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]
 
@@ -57,10 +60,6 @@ def _main(
     ] = False,
 ) -> None:
     del version
-
-
-def _work_folder(model: str, work: Path | None) -> Path:
-    return work or Path("xcalib-out") / (re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model")
 
 
 @app.command(epilog="Example: `xcalib search demo --data builtin --target density=0.25 --out demo.yaml`")
@@ -99,6 +98,12 @@ def search(
     pattern: opt.Pattern = "antidiagonal",
     gain_samples: opt.GainSamples = 2,
     curves: Annotated[Path | None, typer.Option(help="Use the curves of this folder instead of measuring.")] = None,
+    refine_trials: Annotated[
+        int,
+        typer.Option(
+            "--refine", metavar="N", min=0, help="Refine every point end to end with N trials (docs/refine.md)."
+        ),
+    ] = 0,
     work: Annotated[
         Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
     ] = None,
@@ -126,6 +131,8 @@ def search(
     if model is None:
         if measured is None:
             raise typer.BadParameter("give MODEL, or --curves FOLDER", param_hint="MODEL")
+        if refine_trials:
+            raise typer.BadParameter("needs MODEL: trials run it", param_hint="--refine")
         profile = build_profile(measured, targets, **chosen)
     else:
         settings = opt.collect_settings(stride, block_size, pattern, gain_samples)
@@ -134,17 +141,22 @@ def search(
             _same_model(measured.model, loaded)
         lengths: dict[str, Any] = {"max_length": max_length, "min_length": min_length, "seed": seed}
         samples = opt.read_samples(data, loaded, num_samples=num_samples, split="calibration", **lengths)
-        heldout = None
+        used = tuple(measured.calibration["documents"]) if measured else tuple(sorted(samples.documents))
+        folder = opt.work_folder(model, work)
+        adjust, heldout = None, None
+        if refine_trials:
+            adjust, used = refining(
+                loaded, data, samples, used, trials=refine_trials, folder=folder, resume=resume, **lengths
+            )
         if heldout_samples:
-            used = tuple(measured.calibration["documents"]) if measured else tuple(sorted(samples.documents))
             heldout = opt.read_samples(
                 heldout_data or data, loaded, num_samples=heldout_samples, split="heldout", exclude=used, **lengths
             )
-        folder = _work_folder(model, work)
         with resumable("run the same command with --resume"), reporting_misses(out, as_json):
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
-                curves=measured, folder=folder, name=model, resume=resume, force=force, progress=progress, **chosen,
+                curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust, progress=progress,
+                **chosen,
             )  # fmt: skip
     write_profile(profile, out, as_json)
 

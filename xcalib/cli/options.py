@@ -1,5 +1,6 @@
 """Options that several commands share, and what they are turned into."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,11 @@ def collect_settings(stride: int, block_size: int, pattern: kernels.Pattern, gai
             allowed = ", ".join(str(item) for item in SIZES[option])
             raise typer.BadParameter(f"{value!r} is not one of {allowed}", param_hint=f"--{option}")
     return CollectSettings(stride=stride, block_size=block_size, pattern=pattern, gain_samples=gain_samples)
+
+
+def work_folder(model: str, work: Path | None) -> Path:
+    """Where curves and unfinished work are kept: ``work``, or ``xcalib-out/MODEL``."""
+    return work or Path("xcalib-out") / (re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model")
 
 
 def open_model(name: str, device: str | None, dtype: str, trust_remote_code: bool) -> LoadedModel:

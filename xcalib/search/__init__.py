@@ -12,6 +12,7 @@ from xcalib.search.knapsack import Choice, knapsack, knapsack_min_cost
 from xcalib.search.paper import PaperResult, paper_thresholds
 from xcalib.search.plan import Objective, Planned, SearchMethod, Tables, plan_point, uniform_thresholds
 from xcalib.search.profiles import DEFAULT_CALIBRATION, CalibrationData, build_profile, search
+from xcalib.search.refine import Refinement, refine_point
 from xcalib.search.targets import DEFAULT_TARGETS, Target, parse_target, parse_targets
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Objective",
     "PaperResult",
     "Planned",
+    "Refinement",
     "SearchMethod",
     "Tables",
     "Target",
@@ -36,6 +38,7 @@ __all__ = [
     "parse_target",
     "parse_targets",
     "plan_point",
+    "refine_point",
     "search",
     "uniform_thresholds",
 ]

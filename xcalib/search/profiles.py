@@ -69,6 +69,7 @@ def search(
     name: str | None = None,
     resume: bool = False,
     force: bool = False,
+    adjust: Callable[[Profile, Curves], Profile] | None = None,
     progress: Progress = silent,
 ) -> Profile:
     """Measure a model, find the thresholds of each operating point, and measure these on held-out data.
@@ -91,6 +92,7 @@ def search(
         name: what the user calls the model.
         resume: go on with what ``folder`` holds.
         force: return the profile although a point misses its target on held-out data; the point is marked unverified.
+        adjust: changes what was found before it is measured on held-out data, as a refinement does.
         progress: draws the work.
 
     Raises:
@@ -115,6 +117,8 @@ def search(
             start_threshold=start_threshold,
             accuracy_drop=_drop_meter(model, samples, curves, tokenizer, progress),
         )
+        if adjust is not None:
+            profile = adjust(profile, curves)
         if heldout is None:
             return profile
         identity = _evidence_identity(profile, heldout)
