@@ -1,8 +1,10 @@
 """Where trials are kept: a journal file, or a database by its URL."""
 
+import json
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ def _journal(name: str) -> BaseStorage:
     # not Optuna's default lock, a link: one left behind by a killed worker is never found stale where links dangle
     lock = JournalFileOpenLock(str(path))
     try:
+        _check_first_line(path)
         backend = JournalFileBackend(str(path), lock_obj=lock)
         _cut_torn_line(path, lock)
         return JournalStorage(backend)
@@ -54,6 +57,14 @@ def _journal(name: str) -> BaseStorage:
     except Exception as error:  # a file of another kind raises anything
         said = one_line(f"{type(error).__name__}: {error}")
         raise StudyError(f"storage {str(path)!r}: is no journal of Optuna's, or damaged ({said})") from error
+
+
+def _check_first_line(path: Path) -> None:
+    """Raise ValueError for a file of another kind: Optuna reads over a last line that it does not understand, and appends."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        line = file.readline(1 << 20)
+        if line and "op_code" not in json.loads(line):
+            raise ValueError("the first line is no entry of a journal")
 
 
 def _cut_torn_line(path: Path, lock: JournalFileOpenLock) -> None:
@@ -67,9 +78,7 @@ def _cut_torn_line(path: Path, lock: JournalFileOpenLock) -> None:
             size = file.seek(0, os.SEEK_END)
             if _is_torn(size, file):  # still, now that nobody writes
                 file.seek(0)
-                whole = file.read().rpartition(b"\n")[0]
-                if whole:  # a file without any line break is no journal: leave it as it is
-                    file.truncate(len(whole) + 1)
+                file.truncate(file.read().rfind(b"\n") + 1)
     finally:
         lock.release()
 

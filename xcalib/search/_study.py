@@ -13,7 +13,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from xcalib.progress import Progress, silent
-from xcalib.search._workers import Heartbeat, StaleWatch, Worker
+from xcalib.search._workers import Heartbeat, StaleWatch, Worker, is_signed
 
 __all__ = ["ShiftSampler", "is_start", "place_of", "run_trials"]
 
@@ -53,7 +53,8 @@ class ShiftSampler(BaseSampler):
     ) -> dict[str, Any]:
         """A value for every dimension."""
         before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number and t.state != TrialState.FAIL]
-        if not any(is_start(t, len(self._space)) for t in before):
+        undecided = [t for t in before if not t.state.is_finished() and len(t.params) < len(self._space)]
+        if not undecided and not any(is_start(t, len(self._space)) for t in before):
             return dict.fromkeys(self._space, 0.0)
         place = len(before)
         if place <= FIRST_TRIALS:
@@ -111,7 +112,9 @@ def run_trials(
             shown = min(finished, count)
             if finished >= count:
                 return
-            if len(counted) < count or any(t.state == TrialState.WAITING for t in counted):
+            room = len(counted) < count or any(t.state == TrialState.WAITING for t in counted)
+            # An unsigned trial is signed at once or was left: to wait keeps a resumed study's trials in their order.
+            if room and all(is_signed(t) or t.state != TrialState.RUNNING for t in counted):
                 _run_one(study, count, objective, worker)
             else:
                 time.sleep(POLL_SECONDS)

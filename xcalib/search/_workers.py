@@ -12,7 +12,7 @@ from typing import Any
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial
 
-__all__ = ["Heartbeat", "StaleWatch", "Worker"]
+__all__ = ["Heartbeat", "StaleWatch", "Worker", "is_alive", "is_signed"]
 
 WORKER, BEAT = "worker", "beat"  # user attributes of a trial
 BEAT_SECONDS = 30.0
@@ -84,6 +84,11 @@ def _is_zombie(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return False
+
+
+def is_signed(trial: FrozenTrial) -> bool:
+    """Whether the trial says who works on it."""
+    return WORKER in trial.user_attrs
 
 
 class StaleWatch:
