@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
@@ -19,8 +20,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from xcalib.errors import StudyError
 from xcalib.search import _study, _workers
+from xcalib.search._sampler import MERIT, ShiftSampler
 from xcalib.search._storage import open_storage, open_study
-from xcalib.search._study import FIRST_TRIALS, ShiftSampler, place_of, run_trials
+from xcalib.search._study import place_of, run_trials
 
 FORK = multiprocessing.get_context("fork")  # real processes, without the seconds that importing torch takes
 NAMES = ("layer 0", "layers 1-2", "layers 3-4")
@@ -35,9 +37,11 @@ def opened(location: str | None, seed: int = 3, name: str = "s", resume: bool | 
 
 
 def value_of(trial: Trial, before_step: Callable[[int], None] = lambda _step: None) -> float:
-    """A bowl whose lowest point is not the start, five samples; shifts of the third dimension are bounded."""
+    """A round bowl whose lowest point is not the start, five samples; shifts of the third dimension are bounded."""
     x = [trial.suggest_float(name, -1, 1) for name in NAMES]
-    values = [(x[0] - 0.4) ** 2 + (x[1] + 0.3) ** 2 + 0.01 * step for step in range(STEPS)]
+    bowl = (x[0] - 0.4) ** 2 + (x[1] + 0.3) ** 2 + x[2] ** 2
+    values = [bowl + 0.01 * step for step in range(STEPS)]
+    trial.set_user_attr(MERIT, bowl - 0.25)
     for step, value in enumerate(values):
         before_step(step)
         trial.report(value, step)
@@ -75,15 +79,38 @@ def journal(tmp_path: Path) -> str:
 # --- one worker
 
 
-def test_start_then_opposite_pairs_then_tpe() -> None:
+def test_start_then_pairs_and_their_minimum_then_tpe() -> None:
     study = opened(None)
-    run_trials(study, FIRST_TRIALS + 6, value_of)
+    run_trials(study, 14, value_of)
     params = [list(trial.params.values()) for trial in finished(study)]
     assert params[0] == [0.0, 0.0, 0.0]
-    for first in range(1, FIRST_TRIALS, 2):
-        assert params[first] == [-value for value in params[first + 1]] != [0.0, 0.0, 0.0]
+    pairs = np.array(params[1:7]).reshape(3, 2, 3)
+    assert np.array_equal(pairs[:, 0], -pairs[:, 1])
+    gram = pairs[:, 0] @ pairs[:, 0].T
+    assert gram == pytest.approx(np.diag(np.diag(gram)), abs=1e-12)  # orthogonal
+    assert params[7] == pytest.approx(
+        [0.4, -0.3, 0.0], abs=1e-9
+    )  # a round bowl: the parabolas meet in its lowest point
     assert len({tuple(values) for values in params}) == len(params)
     assert all(-1 <= value <= 1 for values in params for value in values)
+
+
+def test_the_minimum_goes_no_further_than_was_measured() -> None:
+    """Downhill all the way: the end of every step; and without merits TPE takes the place."""
+
+    def slope(trial: Trial) -> float:
+        total = sum(trial.suggest_float(name, -1, 1) for name in NAMES)
+        trial.set_user_attr(MERIT, total)
+        return total
+
+    study = opened(None)
+    run_trials(study, 8, slope)
+    steps = np.array([list(trial.params.values()) for trial in study.trials[1:7:2]])
+    reached = sum(-np.sign(step.sum()) * step for step in steps)
+    assert list(study.trials[7].params.values()) == pytest.approx(reached.tolist())
+    unknown = opened(None)
+    run_trials(unknown, 8, lambda trial: sum(trial.suggest_float(name, -1, 1) for name in NAMES))
+    assert unknown.trials[7].params != study.trials[7].params
 
 
 def test_trials_are_seeded() -> None:

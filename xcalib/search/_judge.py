@@ -81,6 +81,10 @@ class Aim:
         """See :attr:`Comparison.excess`."""
         return _share(_means(found)[self.bounded], _means(start)[self.bounded]) - 1
 
+    def merit(self, found: Figures, start: Figures) -> float:
+        """Change of what is minimised, as a share of the start's, with that of what is bounded at the rate of exchange."""
+        return _share(self.mean(found), self.mean(start)) - 1 + self.exchange * self.excess(found, start)
+
     def compare(self, found: Figures, start: Figures, *, among: int) -> Comparison:
         """Judge one of ``among`` candidates, whose intervals hold together with the usual confidence (Bonferroni).
 

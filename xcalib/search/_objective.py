@@ -10,8 +10,9 @@ from optuna.trial import TrialState
 from xcalib.progress import Progress
 from xcalib.search._judge import Aim
 from xcalib.search._meter import Figures, Meter
+from xcalib.search._sampler import MERIT, is_start
 from xcalib.search._space import PriceSpace
-from xcalib.search._study import is_start, place_of
+from xcalib.search._study import place_of
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -70,6 +71,7 @@ class Objective:
     def _record(self, trial: "Trial", figures: Figures, start: Figures) -> None:
         trial.set_user_attr("kl", figures.mean_kl)
         trial.set_user_attr("density", figures.mean_density)
+        trial.set_user_attr(MERIT, self.aim.merit(figures, start))
         trial.set_constraint(
             f"{self.aim.bounded} above the start's", self.aim.excess(figures, start) - self.aim.tolerance
         )

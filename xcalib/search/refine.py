@@ -115,8 +115,9 @@ def refine_point(
         XcalibError: what else is wrong, in one line.
     """
     from xcalib.search._objective import Objective
+    from xcalib.search._sampler import ShiftSampler
     from xcalib.search._storage import open_storage, open_study
-    from xcalib.search._study import ShiftSampler, run_trials
+    from xcalib.search._study import run_trials
     from xcalib.search._validation import Validation
 
     chosen = profile.point(point)
