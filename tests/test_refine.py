@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,11 +298,6 @@ def test_same_seed_same_result_and_nothing_is_measured_twice(
         job.refine(storage=where, resume=True, seed=1)
 
 
-def test_a_database_holds_a_study_too(job: Job, tmp_path: Path) -> None:
-    found = job.refine(trials=3, storage=f"sqlite:///{tmp_path / 'study.db'}")
-    assert found.to_dict() == job.refine(trials=3).to_dict()
-
-
 # --- what is wrong
 
 
@@ -378,6 +376,51 @@ def test_search_then_refine(
     assert Path("r2.yaml").read_bytes() == Path("r.yaml").read_bytes()
     code, _, err = run("refine", "start.yaml", *REFINE, "--seed", 7, "--out", "r3.yaml", "--resume")
     assert code == 2 and "with another samples" in err and "\n" not in err.strip().splitlines()[-1]
+
+
+KILLED = """
+import os, signal, sys
+from xcalib.cli import main
+from xcalib.search._meter import Meter
+
+measure, calls = Meter._measure, []
+
+def dying(self, index, thresholds):
+    calls.append(index)
+    if len(calls) == 6:  # in the third trial: two samples each
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure(self, index, thresholds)
+
+Meter._measure = dying
+main()
+"""
+
+
+def test_a_search_killed_while_it_refines_resumes(here: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    command = ["search", "tiny", *SEARCH, "--target", "balanced:density=0.8", "--refine", "5"]
+    code, _, err = run(*command, "--work", "whole", "--out", "whole.yaml")
+    assert code == 0, err
+    again = [*command, "--work", "killed", "--out", "p.yaml"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *again], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL and not Path("p.yaml").exists()
+    assert "Refining balanced" in killed.stderr
+    code, _, err = run(*again, "--resume")
+    assert code == 0, err
+    assert re.search(r"trials: (\d) complete, (\d) pruned, 1 failed", err)
+    first, second = (load_trials(Path(folder) / "refine.journal") for folder in ("whole", "killed"))
+    assert len(first) == 5 and second == first
+    assert Path("p.yaml").read_bytes() == Path("whole.yaml").read_bytes()
+
+
+def load_trials(journal: Path) -> list[Any]:
+    import optuna
+
+    from xcalib.search._storage import open_storage
+
+    storage = open_storage(str(journal))
+    (name,) = optuna.get_all_study_names(storage)
+    trials = optuna.load_study(study_name=name, storage=storage).trials
+    return [(trial.state.name, trial.params, trial.value) for trial in trials if trial.state.name != "FAIL"]
 
 
 def build_profile_of(here: Path, profile: Profile) -> Profile:

@@ -33,7 +33,8 @@ IDENTITY = {"point": "balanced", "seed": 3}
 
 def opened(location: str | None, seed: int = 3, name: str = "s", resume: bool | None = None) -> Study:
     identity = {"point": "balanced", "seed": seed}
-    return open_study(open_storage(location), name, identity, resume=resume, sampler=ShiftSampler(SPACE, seed))
+    sampler = ShiftSampler(SPACE, seed)
+    return open_study(open_storage(location), name, identity, metric="KL", resume=resume, sampler=sampler)
 
 
 def value_of(trial: Trial, before_step: Callable[[int], None] = lambda _step: None) -> float:
@@ -427,7 +428,7 @@ def test_the_study_reads_well(journal: str) -> None:
     """What a dashboard shows: plain names, no pickles; the whole journal is JSON lines."""
     run_trials(opened(journal), 2, value_of)
     study = optuna.load_study(study_name="s", storage=open_storage(journal))
-    assert study.user_attrs["refines"] == IDENTITY
+    assert study.user_attrs["refines"] == IDENTITY and study.metric_names == ["KL"]
     assert tuple(study.trials[1].params) == NAMES
     assert set(study.trials[1].constraints) == {"third"}
     for line in Path(journal.removeprefix("journal:")).read_text("utf-8").splitlines():

@@ -107,7 +107,8 @@ def refine(
         lengths |= {"num_samples": heldout_samples, "split": "heldout", "seed": seed}
         heldout = opt.read_samples(specs, loaded, exclude=used, **lengths)
     where = storage or _journal(folder)
-    with resumable("run the same command with --resume"), reporting_misses(out, as_json):
+    go_on = "run the same command again" if storage else "run the same command with --resume"
+    with resumable(go_on, "trials"), reporting_misses(out, as_json):
         result = refine_point(
             loaded.model, start, measured, refined_on, validation, point=chosen.name, trials=trials, groups=groups,
             price_range=price_range, seed=seed, bin_index=length_bin, storage=where,

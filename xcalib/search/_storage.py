@@ -112,6 +112,7 @@ def open_study(
     name: str,
     identity: Mapping[str, str | int | float],
     *,
+    metric: str,
     resume: bool | None,
     sampler: optuna.samplers.BaseSampler,
 ) -> Study:
@@ -121,6 +122,7 @@ def open_study(
         storage: from :func:`open_storage`.
         name: unique for ``identity``.
         identity: what makes trials comparable, in plain words.
+        metric: name of the trials' value.
         resume: True goes on with a study and never begins beside one of the same point; False never goes on; None does either.
         sampler: of this worker.
 
@@ -143,9 +145,16 @@ def open_study(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1)
-        study = optuna.create_study(
-            storage=storage, study_name=name, load_if_exists=True, direction="minimize", sampler=sampler, pruner=pruner
-        )
+            study = optuna.create_study(
+                storage=storage,
+                study_name=name,
+                load_if_exists=True,
+                direction="minimize",
+                sampler=sampler,
+                pruner=pruner,
+            )
+            if study.metric_names is None:
+                study.set_metric_names([metric])  # what a dashboard writes on its axis
     finally:
         optuna.logging.set_verbosity(verbosity)
     recorded = study.user_attrs.get(IDENTITY)

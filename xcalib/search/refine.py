@@ -133,6 +133,7 @@ def refine_point(
         open_storage(storage),
         f"xcalib {chosen.name} {_digest(identity)}",
         identity,
+        metric={"kl": "KL", "density": "density"}[objective.aim.least],
         resume=resume,
         sampler=ShiftSampler(objective.distributions(), seed),
     )
