@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
-__all__ = ["Objective"]
+__all__ = ["PointObjective"]
 
 BY_SAMPLE = {"kl": "kl by sample", "density": "density by sample"}  # user attributes of a trial
 
 
-class Objective:
+class PointObjective:
     """Value of a trial: thresholds from its shifts, measured sample by sample."""
 
     def __init__(self, space: PriceSpace, meter: Meter, price_range: float, seed: int) -> None:

@@ -10,7 +10,7 @@ from xcalib.data import SampleSet
 from xcalib.progress import Progress
 from xcalib.search._judge import Comparison
 from xcalib.search._meter import Figures, Meter
-from xcalib.search._objective import Objective
+from xcalib.search._objective import PointObjective
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -34,7 +34,7 @@ class Candidate:
 class Validation:
     """The best trials against the start on samples that no trial saw; finished figures are kept in the study."""
 
-    def __init__(self, study: "Study", objective: Objective, meter: Meter) -> None:
+    def __init__(self, study: "Study", objective: PointObjective, meter: Meter) -> None:
         self._study, self._objective, self._meter = study, objective, meter
 
     def best(self, validation: SampleSet, progress: Progress) -> Candidate | None:

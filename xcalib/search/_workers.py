@@ -64,7 +64,9 @@ def _started(pid: int) -> int | None:
 
 def is_alive(signature: dict[str, Any]) -> bool | None:
     """Whether a trial's worker still runs; None where this machine cannot tell."""
-    if signature.get("machine") != _machine():
+    if (
+        signature.get("machine") != _machine() or os.name == "nt"
+    ):  # to ask about a process on Windows is to interrupt it
         return None
     pid = int(signature["pid"])
     if pid == os.getpid():

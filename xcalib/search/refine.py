@@ -114,7 +114,7 @@ def refine_point(
         CurvesError: the curves are not those that the point was searched on.
         XcalibError: what else is wrong, in one line.
     """
-    from xcalib.search._objective import Objective
+    from xcalib.search._objective import PointObjective
     from xcalib.search._sampler import ShiftSampler
     from xcalib.search._storage import open_storage, open_study
     from xcalib.search._study import run_trials
@@ -125,7 +125,7 @@ def refine_point(
     _check(profile, samples, validation, trials, price_range, bin_index)
     space = price_space(profile, chosen, curves, groups=groups, bin_index=bin_index)
     plan = sparse_plan(profile, chosen.name)
-    objective = Objective(space, Meter(model, plan, samples, bin_index=bin_index, every=every), price_range, seed)
+    objective = PointObjective(space, Meter(model, plan, samples, bin_index=bin_index, every=every), price_range, seed)
     judge_on = Meter(model, plan, validation, bin_index=bin_index, every=every)
     options = {"dimensions": len(space.names), "price range": price_range, "seed": seed, "every": every}
     identity = _identity(profile, chosen, space, samples, bin_index) | options
