@@ -448,8 +448,8 @@ def test_a_gain_reaches_the_file(
     assert found["improved"] and point.refined is not None and point.heldout is not None and point.verified
     assert {plan["name"] for plan in found["heldout"]["plans"]} == {"balanced", "balanced before"}
     assert "held out (2)" in err
-    code, _, err = run("show", "r.yaml")
-    assert code == 0
+    code, out, _ = run("show", "r.yaml")
+    assert code == 0 and ", refined by 3 trials; verified" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
