@@ -21,7 +21,7 @@ from xcalib.runtime import sparse_plan
 from xcalib.search import Refinement, refine_point
 from xcalib.search.evidence import with_evidence
 from xcalib.search.gate import enforce
-from xcalib.search.refine import DEFAULT_RANGE, DEFAULT_TRIALS
+from xcalib.search.refine import DEFAULT_GROUPS, DEFAULT_RANGE, DEFAULT_TRIALS
 
 __all__ = ["refine", "refining"]
 
@@ -58,7 +58,7 @@ def refine(
         int | None, typer.Option(min=64, help="Tokens of the longest sample; default the calibration's.")
     ] = None,
     min_length: opt.MinLength = None,
-    groups: Annotated[int, typer.Option(min=1, max=24, help="Groups of layers, one dimension each.")] = 24,
+    groups: Annotated[int, typer.Option(min=1, max=24, help="Groups of layers, one dimension each.")] = DEFAULT_GROUPS,
     price_range: Annotated[
         float, typer.Option("--range", min=0.01, max=10, help="Largest shift of the log price of a block.")
     ] = DEFAULT_RANGE,

@@ -13,7 +13,6 @@ from optuna.trial import FrozenTrial, TrialState
 __all__ = ["MERIT", "ShiftSampler", "is_start"]
 
 MERIT = "merit"  # user attribute of a trial: how much worse than the start it is, as a share; below 0 where better
-MAX_PAIRS = 8
 PAIRS_PER_MINIMUM = 4
 STEP = 0.25  # of the pairs, in root mean square over the dimensions and as a share of the range
 FloatArray = npt.NDArray[np.float64]
@@ -43,7 +42,7 @@ class ShiftSampler(BaseSampler):
         rotation = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0]
         self._reach = reach
         # (directions, dimensions); no entry reaches the end of its range
-        steps = rotation.T[:MAX_PAIRS] * np.sqrt(size) * STEP
+        steps = rotation.T * np.sqrt(size) * STEP
         self._steps = reach * steps / np.maximum(1.0, np.abs(steps).max(axis=1, keepdims=True))
         # of each place after the start: direction and sign of a step, or None for the minimum
         self._plan: list[tuple[int, int] | None] = []

@@ -17,16 +17,17 @@ from xcalib.progress import Progress, silent
 from xcalib.runtime import check_fits, sparse_plan
 from xcalib.search._judge import Aim, Comparison, Measure
 from xcalib.search._meter import Meter
-from xcalib.search._space import MAX_DIMENSIONS, PriceSpace, price_space
+from xcalib.search._space import PriceSpace, price_space
 
 if TYPE_CHECKING:  # Optuna is imported where it is used: nothing else of xcalib waits for it
     from optuna.study import Study
 
     from xcalib.search._validation import Candidate
 
-__all__ = ["DEFAULT_RANGE", "DEFAULT_TRIALS", "Refinement", "refine_point"]
+__all__ = ["DEFAULT_GROUPS", "DEFAULT_RANGE", "DEFAULT_TRIALS", "Refinement", "refine_point"]
 
 DEFAULT_TRIALS = 40
+DEFAULT_GROUPS = 8  # 19 trials know the slope along every direction; with more groups than that they know it along some
 DEFAULT_RANGE = 1.0  # a block costs between 1/e and e times as much
 DEFAULT_EVERY = 7  # KLs are taken at every such position, as for the layer gains
 
@@ -80,7 +81,7 @@ def refine_point(
     *,
     point: str | None = None,
     trials: int = DEFAULT_TRIALS,
-    groups: int = MAX_DIMENSIONS,
+    groups: int = DEFAULT_GROUPS,
     price_range: float = DEFAULT_RANGE,
     seed: int = 0,
     every: int = DEFAULT_EVERY,
