@@ -200,9 +200,7 @@ def _report(result: Refinement, evaluation: Evaluation | None) -> None:
             table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
             table.add_row(*row)
-        table.caption = (
-            f"best: trial {result.trial}; KL in nats per token; ratio and its paired interval: best over start"
-        )
+        table.caption = f"best: trial {result.trial}; KL in nats per token; ratio: to the start's"
         console.print(table)
     if result.shifts:
         shifts = ", ".join(f"{name} {shift:+.2f}" for name, shift in result.shifts.items())

@@ -28,6 +28,7 @@ class Comparison:
         density: of both.
         ratio: the thresholds' over the start's, of what is minimised.
         excess: how far the thresholds are above the start in what is bounded, as a share of the start's.
+        merit: ``ratio - 1`` plus the excess at its rate of exchange (docs/refine.md): below 0 where better.
         interval: of ``ratio``, paired: whole samples are drawn, each with both figures. None with fewer than two samples.
         confidence: of the interval.
         accepted: the rule of docs/refine.md.
@@ -38,6 +39,7 @@ class Comparison:
     density: tuple[float, float]
     ratio: float
     excess: float
+    merit: float
     interval: Interval | None
     confidence: float
     accepted: bool
@@ -103,6 +105,7 @@ class Aim:
             density=(start.mean_density, found.mean_density),
             ratio=_share(self.mean(found), self.mean(start)),
             excess=excess,
+            merit=self.merit(found, start),
             interval=interval,
             confidence=confidence,
             accepted=interval is not None and excess <= self.tolerance and interval[1] < allowed,

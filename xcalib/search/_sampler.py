@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 __all__ = ["MERIT", "ShiftSampler", "is_start"]
 
-MERIT = "merit"  # user attribute of a trial: how much worse than the start it is, as a share; below 0 where better
+MERIT = "merit"  # user attribute of a trial: see Comparison.merit
 PAIRS_PER_MINIMUM = 4
 STEP = 0.25  # of the pairs, in root mean square over the dimensions and as a share of the range
 FloatArray = npt.NDArray[np.float64]

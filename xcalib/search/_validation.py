@@ -11,6 +11,7 @@ from xcalib.progress import Progress
 from xcalib.search._judge import Comparison
 from xcalib.search._meter import Figures, Meter
 from xcalib.search._objective import PointObjective
+from xcalib.search._sampler import MERIT
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -38,7 +39,7 @@ class Validation:
         self._study, self._objective, self._meter = study, objective, meter
 
     def best(self, validation: SampleSet, progress: Progress) -> Candidate | None:
-        """The accepted finalist with the least ratio; where none is accepted that with the least ratio."""
+        """The accepted finalist of least merit; where none is accepted that of least merit."""
         finalists = self._finalists()
         if not finalists:
             return None
@@ -51,19 +52,15 @@ class Validation:
                 refinement = aim.compare(self._objective.recorded(trial), self._objective.start, among=1)
                 compared = aim.compare(figures, start, among=len(finalists))
                 found.append(Candidate(trial, thresholds, refinement, compared))
-        return min(found, key=lambda item: (not item.validation.accepted, item.validation.ratio))
+        return min(found, key=lambda item: (not item.validation.accepted, item.validation.merit))
 
     def _finalists(self) -> list[tuple["FrozenTrial", np.ndarray]]:
         """The best feasible trials with thresholds of their own that beat the start."""
         complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        start = self._objective.aim.mean(self._objective.start)
-        better = [
-            t
-            for t in complete
-            if t.value is not None and t.value < start and all(limit <= 0 for limit in t.constraints.values())
-        ]
+        kept = (trial for trial in complete if all(limit <= 0 for limit in trial.constraints.values()))
+        better = [trial for trial in kept if trial.user_attrs[MERIT] < 0]
         found: dict[bytes, tuple[FrozenTrial, np.ndarray]] = {}
-        for trial in sorted(better, key=lambda t: (t.value, t.user_attrs["place"])):
+        for trial in sorted(better, key=lambda t: (t.user_attrs[MERIT], t.user_attrs["place"])):
             space = self._objective.space
             thresholds = space.thresholds([trial.params[name] for name in space.names])
             found.setdefault(thresholds.tobytes(), (trial, thresholds))
