@@ -27,8 +27,8 @@ class ShiftSampler(BaseSampler):
     """The start, pairs of opposite shifts around it, the minimum that these suggest, then multivariate TPE.
 
     The directions of the pairs are orthogonal. Near the start the merit along each is about a parabola, through the start and
-    the two of the pair; after every few pairs one trial goes to where all parabolas so far are lowest. TPE, which knows
-    no slopes, goes on from there.
+    the two of the pair; after every few pairs one trial goes to where all parabolas so far are lowest, no further away than a
+    pair. TPE, which knows no slopes, goes on from there.
 
     A proposal depends on the seed, the trial's place and the trials before it, never on the process: a study that was
     killed and resumed by one worker gives the same trials as one that was not.
@@ -97,9 +97,11 @@ class ShiftSampler(BaseSampler):
             if plus is not None and minus is not None:
                 slope, bend = (plus - minus) / 2, (plus + minus) / 2
                 along = -slope / (2 * bend) if bend > 0 else -np.sign(slope)
-                shifts += np.clip(along, -1, 1) * step  # no further than was measured
+                shifts += np.clip(along, -1, 1) * step
                 pairs += 1
-        return shifts.clip(-self._reach, self._reach) if pairs else None
+        # No further than the pairs went: what is known along each direction says little about all of them at once.
+        length, measured = np.linalg.norm(shifts / self._reach), np.linalg.norm(self._steps[0] / self._reach)
+        return shifts * min(1.0, measured / max(length, 1e-12)) if pairs else None
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
