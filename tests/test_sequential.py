@@ -22,8 +22,9 @@ from xcalib.kernels.reference import block_levels
 from xcalib.kernels.slopes import sweep_slopes
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.logits import LogitHead, sampled_positions
-from xcalib.search import Tables, build_profile, parse_target, parse_targets, plan_point
+from xcalib.search import Tables, build_profile, parse_target, parse_targets, plan_point, refine_point
 from xcalib.search import search as search_model
+from xcalib.search._space import price_space
 from xcalib.search.sequential import Sequential
 
 SETTINGS = CollectSettings(block_size=64, gain_samples=1, gain_every=3, grid=(0.0, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0))
@@ -289,3 +290,28 @@ def test_search_records_rounds(model: Any, samples: Any, curves: Curves, monkeyp
 def test_other_samples_than_the_curves_give_no_rounds(model: Any, random_samples: Any, curves: Curves) -> None:
     profile = search_model(model, random_samples([400], seed=5), target="a:density=0.6", curves=curves, rounds=2)
     assert profile.points[0].rounds is None
+
+
+def test_a_point_searched_again_can_be_refined(
+    model: Any, samples: Any, curves: Curves, random_samples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xcalib.search.sequential.DOUBT", 0.0)
+    monkeypatch.setattr("xcalib.search.sequential.DAMPING", 0.1)
+    profile = search_model(model, samples, target="a:density=0.6", curves=curves, rounds=3)
+    rounds = profile.points[0].rounds
+    if rounds is None or not any(one.taken for one in rounds[0]):
+        pytest.skip("no step was taken on this machine's arithmetic")
+    space = price_space(profile, profile.points[0], curves, groups=2, bin_index=0)
+    start = np.array(profile.points[0].thresholds[0])
+    assert np.array_equal(space.thresholds([0.0, 0.0]), start)
+    levels = np.abs(start[list(curves.layers)].reshape(-1, 1, 1) - curves.grid).argmin(-1)
+    priced = space.tables.loss + space.tables.cost
+    own = np.take_along_axis(priced, levels, axis=1)
+    assert (own <= priced.min(axis=1, keepdims=True) + 1e-9).all()
+    assert (space.tables.loss >= 0).all()
+    cheaper, dearer = space.thresholds([1.0, -1.0]), space.thresholds([-1.0, 1.0])
+    assert cheaper[0].sum() <= dearer[0].sum()
+    assert not np.array_equal(cheaper, dearer)
+    validation = random_samples([400, 410], seed=9)
+    found = refine_point(model, profile, curves, samples, validation, trials=3, groups=2, every=3)
+    assert found.trials["complete"] + found.trials["pruned"] == 3

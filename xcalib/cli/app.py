@@ -1,7 +1,6 @@
 """The commands."""
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from xcalib.cli.demo import run_demo
 from xcalib.cli.diff import diff
 from xcalib.cli.found import reporting_misses, write_profile
 from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
+from xcalib.cli.refine import refine, refining
 from xcalib.cli.show import render_profile, unverified_points
 from xcalib.collect import collect_lengths, load_curve_sets
 from xcalib.collect.units import Units
@@ -46,6 +46,9 @@ app.command(epilog="Example: `xcalib convert TABLE.py --name llama_fuse_8 --mode
     convert
 )
 app.command(epilog="Example: `xcalib diff old.yaml new.yaml --point balanced`")(diff)
+app.command(
+    epilog="Example: `xcalib refine profile.yaml --curves xcalib-out/demo/curves --trials 40 --out refined.yaml`"
+)(refine)
 
 FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]
 
@@ -63,10 +66,6 @@ def _main(
     ] = False,
 ) -> None:
     del version
-
-
-def _work_folder(model: str, work: Path | None) -> Path:
-    return work or Path("xcalib-out") / (re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model")
 
 
 @app.command(epilog="Example: `xcalib search demo --data builtin --target density=0.25 --out demo.yaml`")
@@ -111,6 +110,12 @@ def search(
     gain_samples: opt.GainSamples = 2,
     rounds: opt.Rounds = DEFAULT_ROUNDS,
     curves: Annotated[Path | None, typer.Option(help="Use the curves of this folder instead of measuring.")] = None,
+    refine_trials: Annotated[
+        int,
+        typer.Option(
+            "--refine", metavar="N", min=0, help="Refine every point end to end with N trials (docs/refine.md)."
+        ),
+    ] = 0,
     work: Annotated[
         Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
     ] = None,
@@ -143,6 +148,8 @@ def search(
     if model is None:
         if measured is None:
             raise typer.BadParameter("give MODEL, or --curves FOLDER", param_hint="MODEL")
+        if refine_trials:
+            raise typer.BadParameter("needs MODEL: trials run it", param_hint="--refine")
         profile = build_profile(measured, targets, **chosen)
     else:
         settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
@@ -151,18 +158,32 @@ def search(
             _same_model(measured[0].model, loaded)
         how: dict[str, Any] = {"min_length": min_length, "seed": seed}
         samples = opt.read_sets(data, loaded, tokens, num_samples=num_samples, split="calibration", **how)
-        heldout = None
+        used = [one.calibration["documents"] for one in measured] if measured else [pooled(samples).documents]
+        exclude = tuple(sorted(set().union(*used)))
+        folder = opt.work_folder(model, work)
+        adjust, heldout = None, None
+        if refine_trials:
+            adjust, exclude = refining(
+                loaded,
+                data,
+                samples,
+                exclude,
+                trials=refine_trials,
+                folder=folder,
+                resume=resume,
+                lengths=tokens,
+                **how,
+            )
         if heldout_samples:
-            used = [one.calibration["documents"] for one in measured] if measured else [pooled(samples).documents]
-            how["exclude"] = tuple(sorted(set().union(*used)))
+            how["exclude"] = exclude
             heldout = pooled(
                 opt.read_sets(heldout_data or data, loaded, tokens, num_samples=heldout_samples, split="heldout", **how)
             )
-        folder = _work_folder(model, work)
         with resumable("run the same command with --resume"), reporting_misses(out, as_json):
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
-                rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, progress=progress,
+                rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
+                progress=progress,
                 **chosen,
             )  # fmt: skip
     write_profile(profile, out, as_json)

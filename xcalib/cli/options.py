@@ -1,5 +1,6 @@
 """Options that several commands share, and what they are turned into."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -101,6 +102,11 @@ def collect_settings(
     return CollectSettings(
         stride=stride, block_size=block_size, pattern=pattern, order=order, gain_samples=gain_samples, measures=chosen
     )
+
+
+def work_folder(model: str, work: Path | None) -> Path:
+    """Where curves and unfinished work are kept: ``work``, or ``xcalib-out/MODEL``."""
+    return work or Path("xcalib-out") / (re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model")
 
 
 def open_model(name: str, device: str | None, dtype: str, trust_remote_code: bool) -> LoadedModel:

@@ -13,6 +13,7 @@ from xcalib.search.objectives import Objective, require_measured
 from xcalib.search.paper import PaperResult, paper_thresholds
 from xcalib.search.plan import Planned, SearchMethod, Tables, plan_point, uniform_thresholds
 from xcalib.search.profiles import DEFAULT_CALIBRATION, CalibrationData, build_profile, search
+from xcalib.search.refine import Refinement, refine_point
 from xcalib.search.sequential import DEFAULT_ROUNDS
 from xcalib.search.targets import DEFAULT_TARGETS, Target, parse_target, parse_targets
 
@@ -25,6 +26,7 @@ __all__ = [
     "Objective",
     "PaperResult",
     "Planned",
+    "Refinement",
     "SearchMethod",
     "Tables",
     "Target",
@@ -39,6 +41,7 @@ __all__ = [
     "parse_target",
     "parse_targets",
     "plan_point",
+    "refine_point",
     "require_measured",
     "search",
     "uniform_thresholds",

@@ -83,6 +83,7 @@ def search(
     rounds: int = DEFAULT_ROUNDS,
     resume: bool = False,
     force: bool = False,
+    adjust: Callable[[Profile, Sequence[Curves]], Profile] | None = None,
     progress: Progress = silent,
 ) -> Profile:
     """Measure a model, find the thresholds of each operating point, and measure these on held-out data.
@@ -109,6 +110,7 @@ def search(
             (:mod:`xcalib.search.sequential`); 0 leaves it out, and it is left out where the samples are not the curves'.
         resume: go on with what ``folder`` holds.
         force: return the profile although a point misses its target on held-out data; the point is marked unverified.
+        adjust: changes what was found before it is measured on held-out data, as a refinement does.
         progress: draws the work.
 
     Raises:
@@ -141,6 +143,8 @@ def search(
                 model, sets, measured, objective, rounds if method == "knapsack" else 0, root, resume, progress
             ),
         )
+        if adjust is not None:
+            profile = adjust(profile, measured)
         if heldout is None:
             return profile
         identity = _evidence_identity(profile, heldout)
