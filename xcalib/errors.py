@@ -18,6 +18,7 @@ __all__ = [
     "DataError",
     "ModelError",
     "ProfileError",
+    "StudyError",
     "TargetError",
     "TargetMissedError",
     "XcalibError",
@@ -64,6 +65,10 @@ class TargetMissedError(TargetError):
 
 class ProfileError(XcalibError):
     """A profile file is not valid; the message names the line or the key."""
+
+
+class StudyError(XcalibError):
+    """The storage of a refinement cannot be opened, or holds a study of something else."""
 
 
 class BenchError(XcalibError):

@@ -35,6 +35,8 @@ __all__ = [
     "OperatingPoint",
     "Prediction",
     "Profile",
+    "Refined",
+    "SearchRound",
     "content_sha256",
     "dump_profile",
     "json_schema",
@@ -269,14 +271,54 @@ class Prediction(_Model):
     by_length: tuple[LengthPrediction, ...] | None = None
 
 
+class SearchRound(_Model):
+    """A step of the search from measurements with all layers sparse; KLs in nats per token on calibration samples.
+
+    expected: what the local model says of the KL after the step; measured: what it is; others: the same, each sample at the
+    step that the other samples asked for; density: blocks kept after it, in [0, 1]; taken: whether it was.
+    """
+
+    expected: Real
+    measured: Real
+    others: Real
+    density: Fraction
+    taken: Annotated[bool, Field(strict=True)]
+
+
+class Refined(_Model):
+    """How a point was refined end to end after its search (docs/refine.md).
+
+    trials: finished; seed: of the proposals; dimensions: groups of layers that were shifted; samples: that the trials measured;
+    validation_samples: that decided; least: what was minimised; ratio: of it to the start's on the validation samples, and the
+    paired interval that holds it with ``confidence``.
+    """
+
+    trials: Count
+    seed: Whole
+    dimensions: Count
+    samples: Count
+    validation_samples: Count
+    least: Literal["kl", "density"]
+    ratio: Real
+    interval: tuple[Real, Real]
+    confidence: Fraction
+
+    @_model_validator(mode="after")
+    def _check(self) -> "Refined":
+        if self.interval[0] > self.interval[1]:
+            raise _rule(f"interval must be a lower and an upper end, got {self.interval[0]} and {self.interval[1]}")
+        return self
+
+
 class OperatingPoint(_Model):
     """One named choice of all taus: thresholds[bin][layer][query head], each in [0, 1].
 
-    verified: whether the held-out figures meet the target by the rule of docs/search.md; False where they miss it or where
-    there are none, None where nobody asked (files written before there was the rule).
+    rounds: the steps after the first search, by length bin; None where none was tried. verified: whether the held-out figures
+    meet the target by the rule of docs/search.md; False where they miss it or where there are none, None where nobody asked
+    (files written before there was the rule). refined: None where the thresholds are those that the search found.
     """
 
-    _later = frozenset({"verified"})
+    _later = frozenset({"verified", "rounds", "refined"})
 
     name: Annotated[str, Field(strict=True, pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
     target: Text
@@ -287,6 +329,8 @@ class OperatingPoint(_Model):
     heldout: Evidence | None = None
     bound: Bound | None = None
     verified: Annotated[bool, Field(strict=True)] | None = None
+    rounds: tuple[tuple[SearchRound, ...], ...] | None = None
+    refined: Refined | None = None
 
     @_model_validator(mode="after")
     def _check(self) -> "OperatingPoint":

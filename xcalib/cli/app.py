@@ -1,7 +1,6 @@
 """The commands."""
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +12,13 @@ from xcalib.cli import options as opt
 from xcalib.cli.ablate import ablate
 from xcalib.cli.bench import bench
 from xcalib.cli.by_length import evaluation_by_length, report_curves
+from xcalib.cli.by_task import task_table
 from xcalib.cli.convert import convert
 from xcalib.cli.demo import run_demo
 from xcalib.cli.diff import diff
 from xcalib.cli.found import reporting_misses, write_profile
 from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
+from xcalib.cli.refine import refine, refining
 from xcalib.cli.show import render_profile, unverified_points
 from xcalib.collect import collect_lengths, load_curve_sets
 from xcalib.collect.units import Units
@@ -26,7 +27,7 @@ from xcalib.errors import ModelError, XcalibError
 from xcalib.evaluation import evaluate_plans, plans_to_evaluate
 from xcalib.models.structure import describe_model
 from xcalib.profile import load_profile
-from xcalib.search import Objective, SearchMethod, build_profile, parse_targets
+from xcalib.search import DEFAULT_ROUNDS, Objective, SearchMethod, build_profile, parse_targets, require_measured
 from xcalib.search import search as search_model
 
 __all__ = ["app"]
@@ -45,6 +46,9 @@ app.command(epilog="Example: `xcalib convert TABLE.py --name llama_fuse_8 --mode
     convert
 )
 app.command(epilog="Example: `xcalib diff old.yaml new.yaml --point balanced`")(diff)
+app.command(
+    epilog="Example: `xcalib refine profile.yaml --curves xcalib-out/demo/curves --trials 40 --out refined.yaml`"
+)(refine)
 
 FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]
 
@@ -62,10 +66,6 @@ def _main(
     ] = False,
 ) -> None:
     del version
-
-
-def _work_folder(model: str, work: Path | None) -> Path:
-    return work or Path("xcalib-out") / (re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model")
 
 
 @app.command(epilog="Example: `xcalib search demo --data builtin --target density=0.25 --out demo.yaml`")
@@ -97,7 +97,10 @@ def search(
     method: Annotated[SearchMethod, typer.Option(help="paper is the published recurrence.")] = "knapsack",
     objective: Annotated[
         Objective,
-        typer.Option(help="gain: layer gain x output error; tempered: that to the power of 0.75; plain: output error."),
+        typer.Option(
+            help="gain: layer gain x output error; tempered: that to the power of 0.75; plain: output error; fisher: "
+            "Fisher-weighted output error; mass: attention mass left out."
+        ),
     ] = "tempered",
     start_threshold: Annotated[float, typer.Option(min=0.01, max=1, help="Of --method paper.")] = 0.9,
     stride: opt.Stride = 16,
@@ -105,7 +108,14 @@ def search(
     pattern: opt.Pattern = "antidiagonal",
     order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
+    rounds: opt.Rounds = DEFAULT_ROUNDS,
     curves: Annotated[Path | None, typer.Option(help="Use the curves of this folder instead of measuring.")] = None,
+    refine_trials: Annotated[
+        int,
+        typer.Option(
+            "--refine", metavar="N", min=0, help="Refine every point end to end with N trials (docs/refine.md)."
+        ),
+    ] = 0,
     work: Annotated[
         Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
     ] = None,
@@ -132,10 +142,14 @@ def search(
     measured = load_curve_sets(curves) if curves else None
     if measured is not None:
         tokens = opt.lengths_of_curves(measured, tokens, given=bool(lengths or max_length))
+        for one in measured:  # before the model is loaded
+            require_measured(one, objective)
     chosen: dict[str, Any] = {"method": method, "objective": objective, "start_threshold": start_threshold}
     if model is None:
         if measured is None:
             raise typer.BadParameter("give MODEL, or --curves FOLDER", param_hint="MODEL")
+        if refine_trials:
+            raise typer.BadParameter("needs MODEL: trials run it", param_hint="--refine")
         profile = build_profile(measured, targets, **chosen)
     else:
         settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
@@ -144,18 +158,33 @@ def search(
             _same_model(measured[0].model, loaded)
         how: dict[str, Any] = {"min_length": min_length, "seed": seed}
         samples = opt.read_sets(data, loaded, tokens, num_samples=num_samples, split="calibration", **how)
-        heldout = None
+        used = [one.calibration["documents"] for one in measured] if measured else [pooled(samples).documents]
+        exclude = tuple(sorted(set().union(*used)))
+        folder = opt.work_folder(model, work)
+        adjust, heldout = None, None
+        if refine_trials:
+            adjust, exclude = refining(
+                loaded,
+                data,
+                samples,
+                exclude,
+                trials=refine_trials,
+                folder=folder,
+                resume=resume,
+                lengths=tokens,
+                **how,
+            )
         if heldout_samples:
-            used = [one.calibration["documents"] for one in measured] if measured else [pooled(samples).documents]
-            how["exclude"] = tuple(sorted(set().union(*used)))
+            how["exclude"] = exclude
             heldout = pooled(
                 opt.read_sets(heldout_data or data, loaded, tokens, num_samples=heldout_samples, split="heldout", **how)
             )
-        folder = _work_folder(model, work)
         with resumable("run the same command with --resume"), reporting_misses(out, as_json):
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
-                curves=measured, folder=folder, name=model, resume=resume, force=force, progress=progress, **chosen,
+                rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
+                progress=progress,
+                **chosen,
             )  # fmt: skip
     write_profile(profile, out, as_json)
 
@@ -183,6 +212,7 @@ def collect(
     pattern: opt.Pattern = "antidiagonal",
     order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
+    measure: opt.Measures = None,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
@@ -191,7 +221,7 @@ def collect(
 ) -> None:
     """Measure the curves of every head and the layer gains, and keep them for `xcalib search --curves`."""
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
-    settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
+    settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples, measure or ())
     loaded = opt.open_model(model, device, dtype, trust_remote_code)
     samples = opt.read_sets(
         data, loaded, tokens, num_samples=num_samples, min_length=min_length, seed=seed, split="calibration"
@@ -212,7 +242,11 @@ def evaluate(
         list[float] | None, typer.Option(min=0, max=1, help="Measure a single tau the same way; may be repeated.")
     ] = None,
     data: opt.Data = None,
-    num_samples: opt.NumSamples = 6,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples, shared out among the data; default 6, or all that --limit lets through."),
+    ] = None,
+    limit: opt.Limit = None,
     max_length: Annotated[
         int | None, typer.Option(min=64, help="Tokens of the longest sample; default the calibration's.")
     ] = None,
@@ -249,7 +283,8 @@ def evaluate(
         data or (list(record.sources) if record else None),
         loaded,
         tokens,
-        num_samples=num_samples,
+        num_samples=num_samples or (None if limit else 6),
+        limit=limit,
         min_length=min_length,
         seed=seed,
         split="heldout",
@@ -261,6 +296,7 @@ def evaluate(
         identity = {
             "plans": {k: v.record() for k, v in plans.items()},
             "data": samples.tokens_sha256,
+            "questions": samples.questions_sha256,
             "model": model,
         }
         units = Units(work, identity, resume=resume)
@@ -271,6 +307,8 @@ def evaluate(
     console.print(evaluation_table(found, f"{model}: dense against sparse, held out"))
     if found.by_length:
         console.print(evaluation_by_length(found))
+    if found.tasks:
+        console.print(task_table(found))
     console.print(by_layer_table(found))
     if as_json:
         print_json(found.to_dict())

@@ -115,6 +115,8 @@ def report_curves(sets: Sequence[Curves], out: Path, as_json: bool) -> None:
         at = f" at {measured_length(curves):,} tokens" if len(sets) > 1 else ""
         size = f"{len(curves.layers)} layers x {curves.error.shape[2]} heads, {len(curves.grid)} levels"
         console.print(f"wrote {out}: {size}{at}", markup=False, soft_wrap=True)
+        if curves.settings.measures:
+            console.print(f"measured as well: {', '.join(curves.settings.measures)}", markup=False, soft_wrap=True)
         for reason, layers in curves.dense_reasons.items():
             console.print(f"{layers} layers stay dense: {reason}", markup=False, soft_wrap=True)
     if as_json:
@@ -124,6 +126,7 @@ def report_curves(sets: Sequence[Curves], out: Path, as_json: bool) -> None:
 
 
 def _figures(curves: Curves) -> dict[str, Any]:
+    fisher, mass = curves.fisher_kl, curves.dropped_mass
     return {
         "grid": curves.grid.tolist(),
         "density": curves.density.mean(axis=(0, 1)).tolist(),
@@ -131,4 +134,6 @@ def _figures(curves: Curves) -> dict[str, Any]:
         "gain": curves.gain.tolist(),
         "calibration": curves.calibration,
         "dense_reasons": curves.dense_reasons,
+        **({} if fisher is None else {"fisher": fisher.sum(axis=(0, 1)).tolist()}),
+        **({} if mass is None else {"mass": mass.mean(axis=(0, 1)).tolist()}),
     }

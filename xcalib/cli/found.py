@@ -1,6 +1,6 @@
 """How ``xcalib search`` ends: the profile in the terminal and in its file, or the miss and no file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import typer
 from xcalib.cli.output import console, print_json
 from xcalib.cli.show import render_profile
 from xcalib.errors import TargetMissedError
-from xcalib.profile import Profile, save_profile
+from xcalib.profile import Profile, SearchRound, save_profile
 from xcalib.search import judge, missed
 
 __all__ = ["TARGET_MISSED", "reporting_misses", "write_profile"]
@@ -25,12 +25,29 @@ def write_profile(profile: Profile, out: Path, as_json: bool) -> None:
         if point.bound and point.bound.gap is not None:
             console.print(f"{point.name}: within {point.bound.gap:.3%} of the best choice of levels for these curves")
     for point in profile.points:
+        for number, length_bin in enumerate(point.rounds or ()):
+            for line in round_lines(length_bin):
+                where = f", bin {number}" if len(profile.length_bins) > 1 else ""
+                console.print(f"{point.name}{where}: {line}", markup=False, soft_wrap=True)
+    for point in profile.points:
         verdict = judge(point)
         if verdict.outcome == "met" or point.heldout is None:  # the others were warnings of the search
             console.print(verdict.text, markup=False, soft_wrap=True)
     console.print(f"wrote {out}", markup=False, soft_wrap=True)
     if as_json:
         print_json({"profile": str(out), **profile.model_dump(mode="json")})
+
+
+def round_lines(rounds: Sequence[SearchRound]) -> list[str]:
+    """What each step after the first search expected, and what came of it."""
+    lines = []
+    for number, one in enumerate(rounds, start=1):
+        off = f" ({one.expected / one.measured - 1:+.0%})" if one.measured > 0 else ""
+        lines.append(
+            f"round {number}: KL {one.expected:.4f} expected, {one.measured:.4f} measured{off}, {one.others:.4f} on samples that "
+            f"had no say; {'taken' if one.taken else 'not taken'}"
+        )
+    return lines
 
 
 @contextmanager

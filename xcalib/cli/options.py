@@ -1,13 +1,14 @@
 """Options that several commands share, and what they are turned into."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from xcalib.cli.output import console, quiet_libraries, status
-from xcalib.collect import CollectSettings, Curves, measured_length
+from xcalib.collect import CollectSettings, Curves, Measure, measured_length
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, parse_lengths
 from xcalib.errors import CurvesError, DataError
 from xcalib.kernels import api as kernels
@@ -16,7 +17,7 @@ from xcalib.models.loading import LoadedModel, load_model
 
 MODEL_HELP = "A Hugging Face id, a folder, a .gguf file, or 'demo'."
 DATA_HELP = (
-    "Data, may be given several times, each with a weight at its end (@2): builtin[:CATEGORY], ruler[:TASK,...], "
+    "Data, may be given several times, each with a weight at its end (@2): builtin[:CATEGORY], ruler[:TASK,... or :all], "
     "text:PATH, jsonl:PATH[:field], hf:NAME[:config][:split], or package.module:function."
 )
 
@@ -32,6 +33,15 @@ Lengths = Annotated[
         "own for each.",
     ),
 ]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="At most N samples of each task: of each ruler task, of each data set that the rows of a jsonl file name, and of "
+        "every other --data. Without --num-samples there are N of each, or as many as the data have.",
+    ),
+]
 MinLength = Annotated[
     int | None, typer.Option(min=1, help="Tokens of the shortest sample; default: all have --max-length.")
 ]
@@ -45,7 +55,23 @@ Order = Annotated[
         help="Of preference: recent takes the block before a row's own right after those always kept, score is the paper's."
     ),
 ]
+Measures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--measure",
+        metavar="fisher|mass",
+        help="Measure also what --objective fisher or mass needs; may be given several times.",
+    ),
+]
 GainSamples = Annotated[int, typer.Option(min=1, help="Samples that measure the layer gains.")]
+Rounds = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Steps after the first search: measure with all layers sparse, search again (docs/search.md). Each takes about as "
+        "long as ten dense passes over the samples, for every target; 0 leaves them out.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there is one, else cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")]
@@ -57,16 +83,30 @@ SIZES = {"stride": STRIDES, "block-size": BLOCK_SIZES}
 
 
 def collect_settings(
-    stride: int, block_size: int, pattern: kernels.Pattern, order: kernels.Order, gain_samples: int
+    stride: int,
+    block_size: int,
+    pattern: kernels.Pattern,
+    order: kernels.Order,
+    gain_samples: int,
+    measures: Sequence[str] = (),
 ) -> CollectSettings:
     """Checked settings of a measurement; a usage error names the option and what is allowed."""
     for option, value in (("stride", stride), ("block-size", block_size)):
         if value not in SIZES[option]:
             allowed = ", ".join(str(item) for item in SIZES[option])
             raise typer.BadParameter(f"{value!r} is not one of {allowed}", param_hint=f"--{option}")
+    for name in measures:
+        if name not in get_args(Measure):
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(get_args(Measure))}", param_hint="--measure")
+    chosen = tuple(name for name in get_args(Measure) if name in measures)  # --resume takes them in any order
     return CollectSettings(
-        stride=stride, block_size=block_size, pattern=pattern, order=order, gain_samples=gain_samples
+        stride=stride, block_size=block_size, pattern=pattern, order=order, gain_samples=gain_samples, measures=chosen
     )
+
+
+def work_folder(model: str, work: Path | None) -> Path:
+    """Where curves and unfinished work are kept: ``work``, or ``xcalib-out/MODEL``."""
+    return work or Path("xcalib-out") / (re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model")
 
 
 def open_model(name: str, device: str | None, dtype: str, trust_remote_code: bool) -> LoadedModel:
@@ -89,12 +129,13 @@ def read_samples(
     specs: list[str] | None,
     loaded: LoadedModel,
     *,
-    num_samples: int,
+    num_samples: int | None,
     max_length: int,
     min_length: int | None,
     seed: int,
     split: Split,
     exclude: tuple[str, ...] = (),
+    limit: int | None = None,
 ) -> SampleSet:
     """Samples of the given or default data; what was dropped is said on stderr."""
     check_positions(loaded, max_length)
@@ -106,6 +147,7 @@ def read_samples(
             seed=seed,
             split=split,
             exclude=exclude,
+            limit=limit,
             **arguments,
         )
     for reason, count in samples.dropped.items():

@@ -70,12 +70,12 @@ def status(description: str) -> Iterator[None]:
 
 
 @contextmanager
-def resumable(hint: str) -> Iterator[None]:
-    """Ctrl-C ends the command with exit code 130 and says how to go on."""
+def resumable(hint: str, kept: str = "samples") -> Iterator[None]:
+    """Ctrl-C ends the command with exit code 130 and says what is kept and how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        console.print(f"interrupted: finished samples are kept; {hint}")
+        console.print(f"interrupted: finished {kept} are kept; {hint}")
         raise typer.Exit(130) from None
 
 

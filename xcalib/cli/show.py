@@ -34,7 +34,8 @@ def render_profile(profile: Profile, console: Console, point: str | None = None)
     console.print()
     console.print(_points_table(profile))
     for listed in profile.points:
-        searched = f"by {listed.method}, least {listed.objective}"
+        refined = f", refined by {listed.refined.trials} trials" if listed.refined else ""
+        searched = f"by {listed.method}, least {listed.objective}{refined}"
         how = "imported" if listed.method == "imported" else searched
         console.print(Text(f"{listed.name}: {listed.target} {how}{_VERIFIED[listed.verified]}"))
     if len(profile.length_bins) > 1:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, load_curves, save_curves
+from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, Measure, load_curves, save_curves
 from xcalib.collect.job import Job
 from xcalib.collect.lengths import labelled, load_curve_sets, measured_length, open_index, write_index
 from xcalib.collect.units import Units
@@ -20,6 +20,7 @@ __all__ = [
     "DEFAULT_GRID",
     "CollectSettings",
     "Curves",
+    "Measure",
     "collect",
     "collect_lengths",
     "load_curve_sets",
@@ -63,7 +64,7 @@ def collect(
     if resume and (units.folder / "curves.json").is_file():
         return load_curves(units.folder)
     job = Job(model, identity.query_heads, samples, settings, units, progress)
-    curves = job.measure_joint(job.measure_gains(job.measure_samples()))
+    curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
     curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
     save_curves(curves, units.folder)
     units.discard()
@@ -115,8 +116,11 @@ def _identity(
     model_identity: dict[str, Any], model: Any, samples: SampleSet, settings: CollectSettings
 ) -> dict[str, Any]:
     parameter = next(model.parameters())
+    chosen = dataclasses.asdict(settings)
+    if not settings.measures:
+        del chosen["measures"]  # what was started before there were any can be resumed
     return {
-        "settings": dataclasses.asdict(settings),
+        "settings": chosen,
         "model": {key: value for key, value in model_identity.items() if key != "name"},
         "data": samples.tokens_sha256,
         "dtype": str(parameter.dtype),

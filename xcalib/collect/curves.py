@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors import SafetensorError
@@ -17,7 +17,9 @@ from xcalib.errors import CurvesError
 from xcalib.kernels.api import Order, Pattern
 from xcalib.profile import Calibration, ModelIdentity
 
-__all__ = ["DEFAULT_GRID", "CollectSettings", "Curves", "load_curves", "save_curves", "write_atomically"]
+__all__ = ["DEFAULT_GRID", "CollectSettings", "Curves", "Measure", "load_curves", "save_curves", "write_atomically"]
+
+Measure = Literal["fisher", "mass"]  # what is measured only when asked for; each is an array of the curves
 
 # Finer towards 1, where heads with spread-out attention need it.
 DEFAULT_GRID = (
@@ -26,7 +28,7 @@ DEFAULT_GRID = (
 )
 FORMAT = 1
 ARRAYS = ("error", "energy", "kept", "visible", "tokens", "gain", "gain_kl", "gain_error", "joint_sum", "joint_kl")
-MAX_BYTES = 4 << 30  # a 128-layer, 128-head model with 256 samples and 32 levels takes 2 GiB
+MAX_BYTES = 8 << 30  # a 128-layer, 128-head model with 256 samples and 32 levels takes 2 GiB, and 4 with all measures
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class CollectSettings:
             on all samples, at the others on the gain samples.
         gain_every: KLs are taken at every such position; odd, so that every place within a block has its turn: the first queries
             of a block, whose neighbours lie in another block, lose several times more than the last.
+        measures: what else is measured, for the objectives of these names.
     """
 
     stride: int = 16
@@ -57,6 +60,7 @@ class CollectSettings:
     gain_density: float = 0.25
     joint_densities: tuple[float, ...] = (0.33, 0.45, 0.22)
     gain_every: int = 7
+    measures: tuple[Measure, ...] = ()
 
     def __post_init__(self) -> None:
         grid = np.asarray(self.grid, dtype=np.float64)
@@ -73,6 +77,8 @@ class CollectSettings:
                 f"gain_density is {self.gain_density} and joint_densities {self.joint_densities}, "
                 "expected numbers between 0 and 1"
             )
+        if len(set(self.measures)) < len(self.measures) or not set(self.measures) <= set(get_args(Measure)):
+            raise CurvesError(f"measures is {self.measures}, expected some of {get_args(Measure)}, each once")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +101,10 @@ class Curves:
         joint_sum: fp64 ``(samples, allocations)``, sum over layers of gain x error of allocations used in all layers at once.
         joint_kl: fp64 ``(samples, allocations)``, mean KL measured with them, each sample's levels chosen on the other samples;
             NaN beyond the gain samples but for the first allocation.
+        fisher: fp64 ``(samples, layers, heads, levels)``, sum over tokens of the KL in nats that the output error causes, to
+            second order (:mod:`xcalib.collect.fisher`); None unless the settings' ``measures`` name it.
+        mass: fp64 ``(samples, layers, heads, levels)``, sum over tokens of the attention probability outside the kept blocks;
+            None unless the settings' ``measures`` name it.
     """
 
     settings: CollectSettings
@@ -112,6 +122,8 @@ class Curves:
     joint_sum: np.ndarray
     joint_kl: np.ndarray
     dense_reasons: dict[str, int] = field(default_factory=dict)
+    fisher: np.ndarray | None = None
+    mass: np.ndarray | None = None
 
     @property
     def grid(self) -> np.ndarray:
@@ -127,6 +139,17 @@ class Curves:
     def relative_error(self) -> np.ndarray:
         """Output error over the layer's output energy, fp64 ``(layers, heads, levels)``."""
         return self.error.sum(axis=0) / self.energy.sum(axis=0)[:, None, None]
+
+    @property
+    def fisher_kl(self) -> np.ndarray | None:
+        """KL in nats per compared position, to second order, fp64 ``(layers, heads, levels)``; None if not measured."""
+        positions = (self.tokens // self.settings.gain_every).sum()
+        return None if self.fisher is None else self.fisher.sum(axis=0) / positions
+
+    @property
+    def dropped_mass(self) -> np.ndarray | None:
+        """Share of a token's attention outside the kept blocks, fp64 ``(layers, heads, levels)``; None if not measured."""
+        return None if self.mass is None else self.mass.sum(axis=0) / self.tokens.sum()
 
     def joint(self, losses: float) -> float:
         """What the sum of the layers' own KLs becomes when they are sparse together on new text, in nats per token.
@@ -170,7 +193,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def save_curves(curves: Curves, folder: Path) -> None:
     """Write ``curves.safetensors`` and, last, ``curves.json``; a folder without the latter is unfinished."""
-    arrays = {name: np.asarray(getattr(curves, name), order="C") for name in ARRAYS}
+    names = (*ARRAYS, *curves.settings.measures)
+    arrays = {name: np.asarray(getattr(curves, name), order="C") for name in names}
     record = {
         "format": FORMAT,
         "settings": dataclasses.asdict(curves.settings),
@@ -204,13 +228,14 @@ def load_curves(folder: str | os.PathLike[str]) -> Curves:
         settings: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in record["settings"].items()
         }
+        checked = CollectSettings(**{"order": "score"} | settings)  # files from before there were two
         curves = Curves(
-            settings=CollectSettings(**{"order": "score"} | settings),  # files from before there were two
+            settings=checked,
             model=dict(record["model"]),
             calibration=dict(record["calibration"]),
             layers=tuple(record["layers"]),
             dense_reasons=dict(record["dense_reasons"]),
-            **{name: arrays[name] for name in ARRAYS},
+            **{name: arrays[name] for name in (*ARRAYS, *checked.measures)},
         )
         ModelIdentity.model_validate(curves.model)
         Calibration.model_validate(curves.calibration)
@@ -229,7 +254,7 @@ def _check(curves: Curves, root: Path) -> None:
         )
     samples, layers, heads, levels = curves.error.shape
     gain_samples = max(1, min([samples, *curves.gain_kl.shape[:1]]))
-    expected = {
+    expected: dict[str, tuple[int, ...]] = {
         "error": (samples, len(curves.layers), heads, len(curves.settings.grid)),
         "kept": (samples, layers, heads, levels),
         "energy": (samples, layers),
@@ -240,6 +265,7 @@ def _check(curves: Curves, root: Path) -> None:
         "gain_error": (gain_samples, layers),
         "joint_sum": (samples, len(curves.settings.joint_densities)),
         "joint_kl": (samples, len(curves.settings.joint_densities)),
+        **dict.fromkeys(curves.settings.measures, (samples, layers, heads, levels)),
     }
     for name, shape in expected.items():
         array = getattr(curves, name)

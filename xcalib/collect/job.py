@@ -1,4 +1,4 @@
-"""The three steps of a collection; each unit of work is on disk before the next begins."""
+"""The steps of a collection; each unit of work is on disk before the next begins."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from xcalib.collect.allocate import TEMPER, allocate
 from xcalib.collect.curves import CollectSettings, Curves
 from xcalib.collect.gains import GainMeter
 from xcalib.collect.measure import SampleCurves, Sweeper
+from xcalib.collect.measures import Measures
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.errors import CurvesError, ModelError
@@ -119,6 +120,16 @@ class Job:
         levels = _allocations(curves, np.ones(count, dtype=bool), densities)
         losses = np.einsum("l,slj->sj", curves.gain, _sample_error(curves, count, levels))
         return dataclasses.replace(curves, joint_sum=losses, joint_kl=kl)
+
+    def measure_others(self, curves: Curves) -> Curves:
+        """Fill what the settings' ``measures`` name."""
+        if not self._settings.measures:
+            return curves
+        tokens = [self._tokens(index) for index in range(len(self._samples.samples))]
+        others = Measures(self._model, tokens, self._settings, self._unit, self._progress)
+        steps = {"fisher": others.fisher, "mass": others.mass}
+        found: dict[str, Any] = {name: steps[name](curves.layers) for name in self._settings.measures}
+        return dataclasses.replace(curves, **found)
 
     def _tokens(self, index: int) -> torch.Tensor:
         return torch.tensor(self._samples.samples[index].tokens, device=next(self._model.parameters()).device)

@@ -1,6 +1,6 @@
 """One dense forward pass of one sample gives the curve of every layer and head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,12 @@ import torch
 
 from xcalib.collect.curves import CollectSettings
 from xcalib.errors import ModelError
-from xcalib.kernels import sweep_thresholds, visible_blocks
+from xcalib.kernels import SweepResult, sweep_thresholds, visible_blocks
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.logits import sampled_positions
-from xcalib.models.structure import AttentionLayer, attention_layers, compact_projection, head_projection
+from xcalib.models.structure import AttentionLayer, attention_layers, compact_projection, decoder_of, head_projection
 
-__all__ = ["SampleCurves", "Sweeper"]
+__all__ = ["SampleCurves", "Sweeper", "each_layer", "sweep_call"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,6 @@ class Sweeper:
         self._model = model
         self._settings = settings
         self._layers = {layer.index: layer for layer in attention_layers(model)}
-        self._grid = torch.tensor(settings.grid, dtype=torch.float64)
         self._projections = {
             index: compact_projection(head_projection(layer, query_heads)) for index, layer in self._layers.items()
         }
@@ -73,10 +72,9 @@ class Sweeper:
             results[call.layer] = self._sweep(call)
 
         hooks = [layer.output.register_forward_hook(_energy_hook(layer, energies)) for layer in self._layers.values()]
-        decoder = self._model.get_decoder() if hasattr(self._model, "get_decoder") else self._model.base_model
         try:
             with patch_attention(self._model, compute):
-                hidden = decoder(input_ids=tokens[None], use_cache=False)[0][0]  # (length, hidden)
+                hidden = decoder_of(self._model)(input_ids=tokens[None], use_cache=False)[0][0]  # (length, hidden)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -85,21 +83,9 @@ class Sweeper:
         compared = hidden[sampled_positions(self._settings.gain_every)].float().cpu().numpy()
         return self._gather(results, energies, reasons, len(tokens), compared)
 
-    def _sweep(self, call: AttentionCall) -> Any:
-        settings = self._settings
+    def _sweep(self, call: AttentionCall) -> SweepResult:
         try:
-            return sweep_thresholds(
-                call.query,
-                call.key,
-                call.value,
-                self._grid,
-                self._projections[call.layer],
-                stride=settings.stride,
-                block_size=settings.block_size,
-                scale=call.scale,
-                pattern=settings.pattern,
-                order=settings.order,
-            )
+            return sweep_call(call, self._projections[call.layer], self._settings)
         except ValueError as error:
             raise ModelError(
                 f"layer {call.layer} of {type(self._model).__name__} cannot be measured: {error}"
@@ -131,6 +117,54 @@ class Sweeper:
             reasons=reasons,
             hidden=hidden,
         )
+
+
+def sweep_call(call: AttentionCall, projection: torch.Tensor, settings: CollectSettings) -> SweepResult:
+    """The sweep of one attention call; projection and errors as in :func:`xcalib.kernels.sweep_thresholds`."""
+    return sweep_thresholds(
+        call.query,
+        call.key,
+        call.value,
+        torch.tensor(settings.grid, dtype=torch.float64),
+        projection,
+        stride=settings.stride,
+        block_size=settings.block_size,
+        scale=call.scale,
+        pattern=settings.pattern,
+        order=settings.order,
+    )
+
+
+@torch.inference_mode()
+def each_layer(
+    model: Any,
+    tokens: torch.Tensor,
+    layers: Sequence[int],
+    measure: Callable[[AttentionCall], torch.Tensor],
+    advance: Callable[[int], None] = lambda _n: None,
+) -> np.ndarray:
+    """Run int64 ``(length,)`` tokens once, densely, and measure chosen layers on the way.
+
+    Args:
+        model: a transformers causal language model.
+        tokens: one sample.
+        layers: indices of layers that can be sparse.
+        measure: gives fp64 ``(heads, levels)`` of one call.
+        advance: called once a layer.
+
+    Returns:
+        fp64 ``(layers, heads, levels)``.
+    """
+    found: dict[int, torch.Tensor] = {}
+
+    def compute(call: AttentionCall) -> None:
+        if call.layer in layers:
+            found[call.layer] = measure(call).cpu()
+            advance(1)
+
+    with patch_attention(model, compute):
+        decoder_of(model)(input_ids=tokens[None], use_cache=False)
+    return torch.stack([found[layer] for layer in layers]).numpy()
 
 
 def _energy_hook(layer: AttentionLayer, energies: dict[int, float]) -> Callable[..., None]:

@@ -3,13 +3,34 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from xcalib.data._metrics import Metric
 from xcalib.data._sample import Tokens, text_digest
 from xcalib.data._specs import Split
 from xcalib.errors import DataError
 
-__all__ = ["Document", "Drops", "choose", "in_memory", "one_line"]
+__all__ = ["Document", "Drops", "Question", "choose", "in_memory", "one_line"]
 
 _NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a document asks for when it is a whole prompt.
+
+    Args:
+        answers: none for a document that asks nothing.
+        metric: how they are scored.
+        max_new_tokens: as given by the user; 0 for as many as the answers need.
+        task: the data set that it belongs to, if the document names one.
+    """
+
+    answers: tuple[str, ...] = ()
+    metric: Metric = "recall"
+    max_new_tokens: int = 0
+    task: str = ""
+
+
+_NOTHING_ASKED = Question()
 
 
 @dataclass(frozen=True)
@@ -22,7 +43,8 @@ class Document:
         size: bytes of UTF-8.
         read: (start, stop) in bytes -> text; characters cut by the borders are left out.
         group: ``category/kind``, for the shipped corpus: split and drawn in turns, so that samples mix the kinds alike.
-        answers: if any, the document is a whole prompt and never cut.
+        variant: tells documents apart that are made from the same text, which ``digest`` names.
+        question: if it has answers, the document is a whole prompt and never cut.
         ids: given instead of text when a user's function made token ids.
     """
 
@@ -31,7 +53,8 @@ class Document:
     size: int
     read: Callable[[int, int], str]
     group: str = ""
-    answers: tuple[str, ...] = ()
+    variant: str = ""
+    question: Question = _NOTHING_ASKED
     ids: Tokens | None = None
 
     @property
@@ -75,7 +98,7 @@ class Drops:
         return f"; dropped: {', '.join(counts)}" if counts else ""
 
 
-def in_memory(name: str, text: str, *, group: str = "", answers: tuple[str, ...] = ()) -> Document:
+def in_memory(name: str, text: str, *, group: str = "", question: Question = _NOTHING_ASKED) -> Document:
     """A document whose text is held already."""
     data = text.encode("utf-8", "replace")
     return Document(
@@ -83,8 +106,8 @@ def in_memory(name: str, text: str, *, group: str = "", answers: tuple[str, ...]
         text_digest(text),
         len(data),
         lambda start, stop: data[start:stop].decode("utf-8", "ignore"),
-        group,
-        answers,
+        group=group,
+        question=question,
     )
 
 
@@ -99,15 +122,15 @@ def choose(
     Raises:
         DataError: nothing is left, or a single document was asked for held-out data.
     """
-    unique: dict[str, Document] = {}
+    unique: dict[tuple[str, str], Document] = {}
     for document in documents:
-        if document.digest in unique:
+        if (document.digest, document.variant) in unique:
             drops.add(spec, "duplicate", document.name)
         else:
-            unique[document.digest] = document
+            unique[document.digest, document.variant] = document
     if not unique:
         raise DataError(f"{spec}: no usable document{drops.hint(spec)}")
-    if len(unique) == 1 and split == "heldout":
+    if len({digest for digest, _ in unique}) == 1 and split == "heldout":
         raise DataError(
             f"{spec}: a single document cannot serve both calibration and held-out data; "
             "give a second document, or other held-out data with --heldout-data"
@@ -119,17 +142,15 @@ def choose(
 
 
 def _take_split(documents: list[Document], split: Split) -> list[Document]:
-    ordered = sorted(documents, key=lambda document: document.digest)
+    ordered = sorted(documents, key=lambda document: (document.digest, document.variant))
     if split == "all":
         return ordered
-    turn: dict[str, int] = {}
-    taken = []
+    ranks: dict[str, dict[str, int]] = {}
     for document in ordered:
-        rank = turn.get(document.group, 0)
-        turn[document.group] = rank + 1
-        if (rank % 2 == 0) == (split == "calibration"):
-            taken.append(document)
-    return taken
+        of_group = ranks.setdefault(document.group, {})
+        of_group.setdefault(document.digest, len(of_group))
+    parity = 0 if split == "calibration" else 1
+    return [document for document in ordered if ranks[document.group][document.digest] % 2 == parity]
 
 
 def _unexcluded(spec: str, documents: Sequence[Document], exclude: frozenset[str], drops: Drops) -> list[Document]:

@@ -6,55 +6,25 @@ Each sample ends with the beginning of its answer, as base models and small inst
 import re
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from xcalib.data._documents import Document
 from xcalib.data._encode import Encoder
-from xcalib.data._haystack import PHRASES, Haystack, Passage, Phrases, hide
+from xcalib.data._haystack import Haystack
+from xcalib.data._niah import NIAH
+from xcalib.data._questions import ONE_HOP, TWO_HOPS
 from xcalib.data._sample import Sample, Tokens, text_digest
 from xcalib.data._specs import Spec, Split
+from xcalib.data._tasks import Setting, Task, distinct, draw_keys, draw_values, ending_of, enumerated, hidden
 from xcalib.data._windows import Request, generator, new_tokens
 from xcalib.errors import DataError
 
-__all__ = ["TASKS", "check_tasks", "ruler_samples"]
+__all__ = ["RULER_TASKS", "TASKS", "check_tasks", "ruler_samples"]
 
-# fmt: off
-_ADJECTIVES = [
-    "amber", "brave", "calm", "copper", "crimson", "dusty", "eager", "early", "faint", "gentle", "golden",
-    "hidden", "hollow", "icy", "ivory", "jolly", "keen", "little", "lonely", "marble", "mellow", "misty", "noble",
-    "olive", "pale", "patient", "polished", "proud", "quiet", "rapid", "rusty", "scarlet", "silent", "silver",
-    "sleepy", "solid", "stormy", "sunny", "velvet", "winter",
-]
-_NOUNS = [
-    "anchor", "arrow", "badger", "basin", "beacon", "bridge", "candle", "canyon", "castle", "cedar", "comet",
-    "compass", "falcon", "feather", "forest", "fountain", "garden", "hammer", "harbor", "island", "jacket",
-    "kettle", "ladder", "lantern", "meadow", "mirror", "mountain", "orchard", "otter", "pebble", "pepper",
-    "planet", "ribbon", "river", "saddle", "sparrow", "temple", "thunder", "valley", "window",
-]
-# fmt: on
 _SHORT = 1_024  # tokens; below this, fewer needles leave some room for a haystack
 _COMMON, _FREQUENT = 5, 3
 _ATTEMPTS = 14
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A question: ``body`` makes about that many characters of context and names the documents it took them from."""
-
-    body: Callable[[int], tuple[str, tuple[str, ...]]]
-    introduction: str
-    ending: str
-    answers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Setting:
-    hay: Haystack
-    random: np.random.Generator
-    phrases: Phrases
-    short: bool
 
 
 def ruler_samples(spec: Spec, documents: Sequence[Document], encoder: Encoder, request: Request) -> list[Sample]:
@@ -74,7 +44,7 @@ def ruler_samples(spec: Spec, documents: Sequence[Document], encoder: Encoder, r
         if wording == "all":
             wording = "heldout" if index % 2 else "calibration"
         random = generator(request, spec.name, task, index)
-        made = _MAKERS[task](_Setting(hay, random, PHRASES[wording], request.max_length < _SHORT))
+        made = _MAKERS[task](Setting(hay, random, wording, request.max_length < _SHORT))
         answer_tokens = new_tokens(made.answers, encoder)
         tokens, digests = _fit(f"ruler:{task}", made, encoder, request.max_length, answer_tokens)
         samples.append(Sample(tokens, f"ruler:{task}", digests, made.answers, answer_tokens))
@@ -82,20 +52,21 @@ def ruler_samples(spec: Spec, documents: Sequence[Document], encoder: Encoder, r
 
 
 def check_tasks(spec: Spec) -> tuple[str, ...]:
-    """Names of the tasks that the spec asks for.
+    """Names of the tasks that the spec asks for; ``all`` stands for RULER's 13, nothing for :data:`TASKS`.
 
     Raises:
         DataError: one of them is unknown.
     """
-    tasks = tuple(name.strip() for name in spec.argument.split(",")) if spec.argument else TASKS
-    for name in tasks:
-        if name not in TASKS:
-            raise DataError(f"{spec.name}: unknown task '{name}'; allowed: {', '.join(TASKS)}")
-    return tasks
+    tasks: list[str] = []
+    for name in [name.strip() for name in spec.argument.split(",")] if spec.argument else TASKS:
+        if name != "all" and name not in _MAKERS:
+            raise DataError(f"{spec.name}: unknown task '{name}'; allowed: {', '.join(_MAKERS)}, all")
+        tasks += RULER_TASKS if name == "all" else [name]
+    return tuple(tasks)
 
 
 def _fit(
-    name: str, task: _Task, encoder: Encoder, max_length: int, answer_tokens: int
+    name: str, task: Task, encoder: Encoder, max_length: int, answer_tokens: int
 ) -> tuple[Tokens, tuple[str, ...]]:
     """Find the amount of context that fills the budget: tokens grow with characters, but not quite in proportion."""
     budget = max_length - answer_tokens
@@ -120,75 +91,43 @@ def _fit(
     return best
 
 
-def _ending(question: str, answer: str) -> str:
-    return f"Question: {question}\nAnswer: {answer}"
-
-
-def _distinct(draw: Callable[[], str], count: int, taken: frozenset[str]) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < count:
-        value = draw()
-        if value not in taken:
-            found[value] = None
-    return list(found)
-
-
-def _keys(random: np.random.Generator, count: int) -> list[str]:
-    return _distinct(lambda: f"{random.choice(_ADJECTIVES)}-{random.choice(_NOUNS)}", count, frozenset())
-
-
-def _values(setting: _Setting, count: int) -> list[str]:
-    return _distinct(lambda: str(setting.random.integers(10_000, 100_000)), count, setting.hay.numbers)
-
-
-def _hidden(setting: _Setting, needles: Sequence[str]) -> Callable[[int], tuple[str, tuple[str, ...]]]:
-    order: list[Passage] = setting.hay.order(setting.random)
-    depths = sorted(setting.random.uniform(0.0, 0.98, size=len(needles)).tolist())
-
-    def body(chars: int) -> tuple[str, tuple[str, ...]]:
-        text, digests = setting.hay.text(order, chars)
-        return hide(text, needles, depths), digests
-
-    return body
-
-
-def _needles(setting: _Setting, values_per_key: Sequence[int], asked: int) -> _Task:
+def _needles(setting: Setting, values_per_key: Sequence[int], asked: int) -> Task:
     """Needles for one key per entry; the question is about the first ``asked`` keys."""
-    keys = _keys(setting.random, len(values_per_key))
-    values = _values(setting, sum(values_per_key))
+    keys = draw_keys(setting.random, len(values_per_key))
+    values = draw_values(setting, sum(values_per_key))
     pairs = [(key, values.pop()) for key, count in zip(keys, values_per_key, strict=True) for _ in range(count)]
     wanted = keys[:asked]
     answers = tuple(value for key in wanted for of, value in pairs if of == key)
     shuffled = [pairs[int(i)] for i in setting.random.permutation(len(pairs))]
     needles = [f"The special number for {key} is {value}." for key, value in shuffled]
-    named = " and ".join(filter(None, [", ".join(wanted[:-1]), wanted[-1]]))
+    named = enumerated(wanted)
     one = len(answers) == 1
     question = (setting.phrases.ask_one if one else setting.phrases.ask_many).format(keys=named)
     start = f"The special {'number' if one else 'numbers'} for {named} {'is' if one else 'are'}"
-    return _Task(_hidden(setting, needles), setting.phrases.needles, _ending(question, start), answers)
+    return Task(hidden(setting, needles), setting.phrases.needles, ending_of(question, start), answers)
 
 
-def _single(setting: _Setting) -> _Task:
+def _single(setting: Setting) -> Task:
     return _needles(setting, [1], 1)
 
 
-def _multikey(setting: _Setting) -> _Task:
+def _multikey(setting: Setting) -> Task:
     return _needles(setting, [1] * (3 if setting.short else 6), 1)
 
 
-def _multivalue(setting: _Setting) -> _Task:
+def _multivalue(setting: Setting) -> Task:
     return _needles(setting, [2] if setting.short else [4, 1], 1)
 
 
-def _multiquery(setting: _Setting) -> _Task:
+def _multiquery(setting: Setting) -> Task:
     return _needles(setting, [1, 1] if setting.short else [1] * 5, 2 if setting.short else 3)
 
 
-def _tracking(setting: _Setting) -> _Task:
+def _tracking(setting: Setting) -> Task:
     length, others = (3, 0) if setting.short else (5, 3)
     letters = list(string.ascii_uppercase)
-    names = _distinct(lambda: "".join(setting.random.choice(letters, size=5)), length + others, setting.hay.capitals)
-    value, *rest = _values(setting, 2)
+    names = distinct(lambda: "".join(setting.random.choice(letters, size=5)), length + others, setting.hay.capitals)
+    value, *rest = draw_values(setting, 2)
     chain, distractors = names[:length], names[length:]
     lines = [*_assignments(chain, value), *(_assignments(distractors, rest[0]) if distractors else [])]
     # Both chains keep their own order: a variable is set before it is copied.
@@ -196,8 +135,8 @@ def _tracking(setting: _Setting) -> _Task:
     own, other = iter(lines[:length]), iter(lines[length:])
     needles = [next(own) if i in first else next(other) for i in range(len(lines))]
     question = setting.phrases.ask_tracking.format(count=length, value=value)
-    ending = _ending(question, f"The {length} variables equal to {value} are")
-    return _Task(_hidden(setting, needles), setting.phrases.tracking, ending, tuple(chain))
+    ending = ending_of(question, f"The {length} variables equal to {value} are")
+    return Task(hidden(setting, needles), setting.phrases.tracking, ending, tuple(chain))
 
 
 def _assignments(names: Sequence[str], value: str) -> list[str]:
@@ -205,7 +144,7 @@ def _assignments(names: Sequence[str], value: str) -> list[str]:
     return [f"Set {name} = {source}." for name, source in zip(names, sources, strict=True)]
 
 
-def _common_words(setting: _Setting) -> _Task:
+def _common_words(setting: Setting) -> Task:
     """Five words come three times as often as any other, or more."""
     order = setting.hay.order(setting.random)
     text, digests = setting.hay.text(order, 60_000)
@@ -223,13 +162,13 @@ def _common_words(setting: _Setting) -> _Task:
         return _shuffle(words, shuffle_seed), digests
 
     question = setting.phrases.ask_common.format(count=_COMMON)
-    ending = _ending(question, f"The {_COMMON} most common words are")
-    return _Task(body, setting.phrases.words, ending, tuple(common))
+    ending = ending_of(question, f"The {_COMMON} most common words are")
+    return Task(body, setting.phrases.words, ending, tuple(common))
 
 
-def _frequent_words(setting: _Setting) -> _Task:
+def _frequent_words(setting: Setting) -> Task:
     """Made-up words whose counts fall as rank to the power -1.5; the first three are asked for."""
-    vocabulary = _distinct(lambda: _invented(setting.random), 400, frozenset())
+    vocabulary = distinct(lambda: _invented(setting.random), 400, frozenset())
     shuffle_seed = int(setting.random.integers(2**62))
     digest = (text_digest(" ".join(vocabulary)),)
 
@@ -242,8 +181,8 @@ def _frequent_words(setting: _Setting) -> _Task:
         return _shuffle(words, shuffle_seed), digest
 
     question = setting.phrases.ask_frequent.format(count=_FREQUENT)
-    ending = _ending(question, f"The {_FREQUENT} most frequent words are")
-    return _Task(body, setting.phrases.words, ending, tuple(vocabulary[:_FREQUENT]))
+    ending = ending_of(question, f"The {_FREQUENT} most frequent words are")
+    return Task(body, setting.phrases.words, ending, tuple(vocabulary[:_FREQUENT]))
 
 
 def _invented(random: np.random.Generator) -> str:
@@ -255,7 +194,7 @@ def _shuffle(words: Sequence[str], seed: int) -> str:
     return " ".join(words[int(i)] for i in np.random.default_rng(seed).permutation(len(words)))
 
 
-_MAKERS: dict[str, Callable[[_Setting], _Task]] = {
+_OWN: dict[str, Callable[[Setting], Task]] = {
     "single": _single,
     "multikey": _multikey,
     "multivalue": _multivalue,
@@ -264,4 +203,6 @@ _MAKERS: dict[str, Callable[[_Setting], _Task]] = {
     "cwe": _common_words,
     "fwe": _frequent_words,
 }
-TASKS: tuple[str, ...] = tuple(_MAKERS)
+_MAKERS = {**_OWN, **NIAH, "qa_1": ONE_HOP, "qa_2": TWO_HOPS}
+TASKS: tuple[str, ...] = tuple(_OWN)
+RULER_TASKS: tuple[str, ...] = (*NIAH, "vt", "cwe", "fwe", "qa_1", "qa_2")

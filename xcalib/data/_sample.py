@@ -1,13 +1,14 @@
 """What the package yields: token sequences, where they came from, and how an answer to one is scored."""
 
 import hashlib
-import re
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from xcalib.data._metrics import Metric, check_metric, evaluate_metric
 from xcalib.errors import DataError
 
 Tokens = npt.NDArray[np.int64]
@@ -31,13 +32,17 @@ class Sample:
 
     Args:
         tokens: shape (length,), int64; copied and made read-only. Begins with the tokenizer's bos token if it adds one.
-        source: the spec that it came from, without weight; for RULER-style samples the task, as in ``ruler:multikey``.
+        source: the spec that it came from, without weight; for RULER-style samples the task, as in ``ruler:multikey``; for
+            rows of JSON lines that ask something and name their data set, that too, as in ``jsonl:FILE#hotpotqa``.
         documents: first 16 hex characters of the SHA-256 of each document that the sample takes text from.
-        answers: strings that must all be produced for a full score; empty when the sample asks nothing.
+        answers: strings that must all be produced for a full score, or one of them with any metric but ``recall``; empty
+            when the sample asks nothing.
         max_new_tokens: greedy tokens to generate for the answers; 0 when there are none.
+        metric: how the generated text is scored, see :func:`score`.
 
     Raises:
-        DataError: tokens are not a non-empty list of ids >= 0, or answers and max_new_tokens contradict each other.
+        DataError: tokens are not a non-empty list of ids >= 0, answers and max_new_tokens contradict each other, or the
+            metric is unknown or needs a package that is missing.
     """
 
     tokens: Tokens
@@ -45,6 +50,7 @@ class Sample:
     documents: tuple[str, ...]
     answers: tuple[str, ...] = ()
     max_new_tokens: int = 0
+    metric: Metric = "recall"
 
     def __post_init__(self) -> None:
         given = np.asarray(self.tokens)
@@ -59,6 +65,7 @@ class Sample:
             )
         if not all(answer.strip() for answer in self.answers):
             raise DataError(f"{self.source}: an answer is empty")
+        check_metric(self.metric, self.source)
         tokens = given.astype(np.int64, copy=True)
         tokens.setflags(write=False)
         object.__setattr__(self, "tokens", tokens)
@@ -99,26 +106,28 @@ class SampleSet:
         return max([self.max_length or 0, *(len(sample.tokens) for sample in self.samples)])
 
     @property
+    def questions_sha256(self) -> str:
+        """SHA-256 hex over what every sample asks for and how it is scored, in order: scores depend on it beside tokens."""
+        asked = [[sample.answers, sample.max_new_tokens, sample.metric] for sample in self.samples]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    @property
     def documents(self) -> frozenset[str]:
         """Digests of every document that any sample takes text from; pass them on as ``exclude``."""
         return frozenset(digest for sample in self.samples for digest in sample.documents)
 
 
 def score(sample: Sample, generated_text: str) -> float:
-    """Fraction of the sample's answers that occur in the text, in [0, 1].
+    """The sample's metric of a generated text, in [0, 1].
 
-    Case-insensitive, in any order, and whole words only: ``48213`` is found neither in ``148213`` nor in ``48213.5``.
+    ``recall``: share of the answers that occur in the text, case-insensitive, in any order, and whole words only:
+    ``48213`` is found neither in ``148213`` nor in ``48213.5``. Of the other metrics the best over the answers counts.
+    ``exact`` and ``f1`` compare words in lower case without punctuation and articles (SQuAD, arXiv 1606.05250), with as
+    many lines of the text as the answer has; ``rouge-l`` is the F-measure of ROUGE-L over the whole text.
 
     Raises:
         DataError: the sample has no answers.
     """
     if not sample.answers:
         raise DataError(f"{sample.source}: the sample asks nothing, so there is nothing to score")
-    return sum(_occurs(answer, generated_text) for answer in sample.answers) / len(sample.answers)
-
-
-def _occurs(answer: str, text: str) -> bool:
-    words = r"\s+".join(re.escape(word) for word in answer.split())
-    before = r"(?<!\w)(?<!\d[.,])" if answer.strip()[0].isdigit() else r"(?<!\w)"
-    after = r"(?!\w)(?![.,]\d)" if answer.strip()[-1].isdigit() else r"(?!\w)"
-    return re.search(before + words + after, text, re.IGNORECASE) is not None
+    return evaluate_metric(sample.metric, sample.answers, generated_text)

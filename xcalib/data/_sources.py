@@ -1,22 +1,19 @@
-"""Documents from the shipped corpus, from text files and from JSON lines."""
+"""Documents from the shipped corpus and from text files."""
 
 import codecs
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from xcalib.data._documents import Document, Drops, in_memory, one_line
+from xcalib.data._documents import Document, Drops, in_memory
 from xcalib.data._sample import DIGEST_CHARS
 from xcalib.errors import DataError
 
-__all__ = ["builtin_documents", "categories", "jsonl_documents", "text_documents"]
+__all__ = ["builtin_documents", "categories", "text_documents"]
 
 _CHUNK = 1 << 20
 _BOM = codecs.BOM_UTF8
@@ -143,65 +140,3 @@ def _scan_file(path: Path) -> Document | None:
             return file.read(stop - start).decode("utf-8", "ignore")
 
     return None if blank or size == 0 else Document(path.name, digest.hexdigest()[:DIGEST_CHARS], size, read)
-
-
-def jsonl_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document]:
-    """One document per line; rows with ``answers`` or ``answer`` are whole prompts.
-
-    Raises:
-        DataError: the file does not exist or cannot be read.
-    """
-    path, field = Path(argument).expanduser(), "text"
-    if not path.is_file() and ":" in argument:
-        name, _, field = argument.rpartition(":")
-        path = Path(name).expanduser()
-    if not path.is_file():
-        raise DataError(f"{spec}: no file '{path}'")
-    try:
-        with path.open("rb") as file:
-            start = 0
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield replace(_parse_row(path, start, line, field), name=f"line {number}")
-                    except ValueError as error:
-                        drops.add(spec, str(error), f"line {number}")
-                start += len(line)
-    except OSError as error:
-        raise DataError(f"{spec}: cannot read '{path}' ({one_line(error)})") from error
-
-
-def _parse_row(path: Path, start: int, line: bytes, field: str) -> Document:
-    """Raises ValueError with the reason for which the row is of no use."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError("not UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError("bad JSON") from error
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    if field not in row:
-        raise ValueError(f"no field '{field}'")
-    if not isinstance(row[field], str):
-        raise ValueError(f"field '{field}' is not a string")
-    if not row[field].strip():
-        raise ValueError("empty")
-    length = len(line)
-
-    def read(first: int, last: int) -> str:
-        with path.open("rb") as file:
-            file.seek(start)
-            text: str = json.loads(file.read(length).decode("utf-8-sig"))[field]
-        return text.encode("utf-8", "replace")[first:last].decode("utf-8", "ignore")
-
-    # Only the digest and the size are kept: the text is read again when a window is needed.
-    return replace(in_memory("", row[field]), read=read, answers=_parse_answers(row))
-
-
-def _parse_answers(row: dict[str, Any]) -> tuple[str, ...]:
-    value = row.get("answers", row.get("answer"))
-    values = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(item, str | int | float) and str(item).strip() for item in values):
-        raise ValueError("answers are not a string or a list of strings")
-    return tuple(dict.fromkeys(str(item).strip() for item in values))

@@ -15,7 +15,7 @@ Split = Literal["calibration", "heldout", "all"]
 SPLITS: tuple[str, ...] = get_args(Split)
 
 ALLOWED = (
-    "builtin[:CATEGORY,...], ruler[:TASK,...], text:PATH, jsonl:PATH[:FIELD], hf:NAME[:CONFIG][:SPLIT] "
+    "builtin[:CATEGORY,...], ruler[:TASK,... or :all], text:PATH, jsonl:PATH[:FIELD], hf:NAME[:CONFIG][:SPLIT] "
     "or package.module:function, each with an optional weight such as @2"
 )
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")

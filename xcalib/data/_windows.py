@@ -1,6 +1,7 @@
 """Cuts documents into windows of tokens, drawing them so that samples cover many documents first."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise, zip_longest
@@ -22,7 +23,10 @@ _KEPT_BYTES = 64_000_000
 
 @dataclass(frozen=True)
 class Request:
-    """What the samples of one spec must be like; lengths in tokens, bos included, ``exclude`` in digests."""
+    """What the samples of one spec must be like; lengths in tokens, bos included, ``exclude`` in digests.
+
+    With ``limit`` no task gives more samples than that, and ``count`` is what there may be, not what there must be.
+    """
 
     count: int
     min_length: int
@@ -31,6 +35,7 @@ class Request:
     split: Split
     exclude: frozenset[str] = frozenset()
     min_length_given: bool = False
+    limit: int | None = None
 
 
 def generator(request: Request, *salt: object) -> np.random.Generator:
@@ -46,7 +51,8 @@ class Cutter:
         self.document = document
         self._encoder = encoder
         self._request = request
-        self._spec = spec
+        task = document.question.task
+        self.source = f"{spec}#{task}" if task else spec
         self._live: Iterator[Sample] | None = None
         self.taken = 0
 
@@ -64,14 +70,14 @@ class Cutter:
 
     def too_short(self) -> str:
         """The reason to record when there is no first window."""
-        if self.document.answers:
+        if self.document.question.answers:
             least = f"shorter than {self._request.min_length} or " if self._request.min_length_given else ""
             return f"{least}longer than {self._request.max_length} tokens with its answers"
         return f"shorter than {self._request.min_length} tokens"
 
     def _samples(self) -> Iterator[Sample]:
         document = self.document
-        if document.answers:
+        if document.question.answers:
             sample = self._whole()
             yield from [] if sample is None else [sample]
             return
@@ -94,20 +100,23 @@ class Cutter:
         return list(pairwise(borders))
 
     def _whole(self) -> Sample | None:
-        document, request = self.document, self._request
+        document, request, asked = self.document, self._request, self.document.question
         sample = self._sample(self._encoder.ids(document.read(0, document.size)))
-        sample = replace(sample, answers=document.answers, max_new_tokens=new_tokens(document.answers, self._encoder))
+        new = asked.max_new_tokens or new_tokens(asked.answers, self._encoder, alternatives=asked.metric != "recall")
+        sample = replace(sample, answers=asked.answers, max_new_tokens=new, metric=asked.metric)
         too_short = request.min_length_given and len(sample.tokens) < request.min_length
         too_long = len(sample.tokens) + sample.max_new_tokens > request.max_length
         return None if too_short or too_long else sample
 
     def _sample(self, ids: Tokens) -> Sample:
-        return Sample(self._encoder.with_prefix(ids), self._spec, (self.document.digest,))
+        return Sample(self._encoder.with_prefix(ids), self.source, (self.document.digest,))
 
 
-def new_tokens(answers: Sequence[str], encoder: Encoder) -> int:
-    """Tokens to allow for an answer: the answers in a list, a quarter more, and a little to start with."""
-    listed = len(encoder.ids(" " + ", ".join(answers) + "."))
+def new_tokens(answers: Sequence[str], encoder: Encoder, *, alternatives: bool = False) -> int:
+    """Tokens to allow for an answer: the answers in a list, or the longest if one will do, a quarter more, and a little
+    to start with."""
+    texts = answers if alternatives else [", ".join(answers)]
+    listed = max(len(encoder.ids(f" {text}.")) for text in texts)
     return listed + listed // 4 + 8
 
 
@@ -122,18 +131,25 @@ def _spans(length: int, size: int, least: int, random: np.random.Generator) -> l
 
 
 def draw(spec: str, documents: Sequence[Document], encoder: Encoder, request: Request, drops: Drops) -> list[Sample]:
-    """Up to ``request.count`` samples: one window of each document, in random order, before a second one."""
+    """Up to ``request.count`` samples: one window of each document, in random order, before a second one.
+
+    What asks something counts towards the limit of its task, everything else towards that of the spec.
+    """
     waiting = [Cutter(document, encoder, request, spec) for document in _shuffled(documents, request)]
     keep = sum(document.size for document in documents) <= _KEPT_BYTES
     samples: list[Sample] = []
+    taken: Counter[str] = Counter()
     while waiting and len(samples) < request.count:
         going = []
         for cutter in waiting:
             if len(samples) == request.count:
                 break
+            if taken[cutter.source] == request.limit:
+                continue
             sample = cutter.next()
             if sample is not None:
                 samples.append(sample)
+                taken[sample.source] += 1
                 going.append(cutter)
             elif cutter.taken == 0:
                 drops.add(spec, cutter.too_short(), cutter.document.name)

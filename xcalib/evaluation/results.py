@@ -10,6 +10,7 @@ import numpy as np
 
 from xcalib.data import SampleSet
 from xcalib.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Interval, ratio_interval
+from xcalib.evaluation.by_task import TaskResult, accuracy_by_task
 
 if TYPE_CHECKING:
     from xcalib.evaluation.by_length import LengthResult
@@ -92,7 +93,7 @@ class Evaluation:
     """Dense and sparse side by side on the same samples; ``to_dict()`` is JSON.
 
     ``confidence`` is what every interval holds, by ``resamples`` draws of the bootstrap. ``by_length`` has the same by length,
-    where samples differ in it or plans have several length bins.
+    where samples differ in it or plans have several length bins; ``tasks`` has the accuracy of each task that asks something.
     """
 
     dense: DenseResult
@@ -104,6 +105,7 @@ class Evaluation:
     confidence: float = CONFIDENCE
     resamples: int = RESAMPLES
     by_length: "tuple[LengthResult, ...]" = ()
+    tasks: tuple[TaskResult, ...] = ()
 
     def plan(self, name: str) -> PlanResult:
         """The result of one plan by name; KeyError when there is none."""
@@ -147,7 +149,8 @@ def summarise(names: Sequence[str], results: Sequence[SampleResult], data: Sampl
         )
     dense = DenseResult(float(np.exp(loss[0])), accuracy[0], float(seconds[0]), _mean_interval(asked[0]))
     tokens = sum(len(sample.tokens) for sample in data.samples)
-    return Evaluation(dense, tuple(plans), tuple(data.specs), len(results), tokens, asking)
+    tasks = accuracy_by_task(names, scores, data.samples)
+    return Evaluation(dense, tuple(plans), tuple(data.specs), len(results), tokens, asking, tasks=tasks)
 
 
 def _mean_interval(scores: np.ndarray) -> Interval | None:

@@ -57,7 +57,7 @@ class AttentionCall:
 Compute = Callable[[AttentionCall], torch.Tensor | None]
 
 
-def patch_attention(model: nn.Module, compute: Compute) -> "AttentionPatch":
+def patch_attention(model: nn.Module, compute: Compute, *, gradients: bool = False) -> "AttentionPatch":
     """Let ``compute`` see, and answer, every attention call of a transformers decoder.
 
     Args:
@@ -66,6 +66,7 @@ def patch_attention(model: nn.Module, compute: Compute) -> "AttentionPatch":
         compute: gets each call; returns the output, like ``call.query``, or None for the model's own attention. Inside
             ``torch.compile`` it is called at a graph break, except for single query tokens: those are compiled with the
             model's own attention and not shown to it.
+        gradients: whether autograd can follow what ``compute`` does; if not, calls that want gradients have a dense reason.
 
     Returns:
         The patch: a context manager with ``remove()``.
@@ -84,7 +85,7 @@ def patch_attention(model: nn.Module, compute: Compute) -> "AttentionPatch":
         _own_attention(module, own_names[id(module.config)])  # raises here rather than in the first dense call
     for _, implementation in switched:
         _register(implementation)
-    patch = AttentionPatch(layers, compute, switched)
+    patch = AttentionPatch(layers, compute, switched, gradients)
     for config, implementation in switched:
         _switch(config, PREFIX + implementation)
     if any(config._attn_implementation != PREFIX + implementation for config, implementation in switched):
@@ -101,8 +102,11 @@ class AttentionPatch:
         layers: layer indices that are patched, ascending.
     """
 
-    def __init__(self, layers: dict[int, nn.Module], compute: Compute, switched: list[tuple[Any, str]]) -> None:
+    def __init__(
+        self, layers: dict[int, nn.Module], compute: Compute, switched: list[tuple[Any, str]], gradients: bool
+    ) -> None:
         self.calls = 0
+        self.gradients = gradients
         self.layers = tuple(sorted(layers))
         self.compute = compute
         # No strong reference to a module: the entries in _patches would keep the model alive for ever.
@@ -224,7 +228,7 @@ def _attend(implementation: str, module: nn.Module, tensors: Tensors, mask: Any,
     if patch is not None:
         patch.calls += 1
         no_mask = _no_mask_means(_own_attention(module, implementation))
-        reason = dense_reason(module, *tensors, mask=mask, kwargs=kwargs, no_mask=no_mask)
+        reason = dense_reason(module, *tensors, mask=mask, kwargs=kwargs, no_mask=no_mask, gradients=patch.gradients)
         scale = kwargs.get("scaling")
         if isinstance(scale, torch.Tensor):
             reason, scale = reason or "scale that is a tensor", None

@@ -36,6 +36,7 @@ def dense_reason(
     mask: Any,
     kwargs: dict[str, Any],
     no_mask: NoMask,
+    gradients: bool = False,
 ) -> str | None:
     """Why this call must stay with the model's own attention, or None for plain causal prefill.
 
@@ -47,18 +48,19 @@ def dense_reason(
         mask: what the model made for its implementation: None, a tensor or a flex attention block mask.
         kwargs: the other arguments of the attention function.
         no_mask: what the implementation does when the mask is None.
+        gradients: whether the caller computes in a way that autograd can follow, which the kernels do not.
     """
     if query.shape[2] == 1:
         return "decode (one query token)"
     return (
-        _shape_reason(query, key, value)
+        _shape_reason(query, key, value, gradients)
         or _argument_reason(module, kwargs)
         or _locality_reason(module, key.shape[2], kwargs)
         or _mask_reason(mask, query, key, kwargs, no_mask)
     )
 
 
-def _shape_reason(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+def _shape_reason(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradients: bool) -> str | None:
     batch, q_heads, q_len, head_dim = query.shape
     tensors = (query, key, value)
     return _first(
@@ -69,7 +71,7 @@ def _shape_reason(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
             "unsupported or mixed dtypes": any(t.dtype not in DTYPES or t.dtype != query.dtype for t in tensors),
             "more queries than keys": q_len > key.shape[2],
             # The kernels have no backward pass; their gradients would be missing without a word.
-            "gradients wanted": torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+            "gradients wanted": not gradients and torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         }
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from xcalib.errors import ModelError
+from xcalib.models.structure import decoder_of
 
 __all__ = ["Divergence", "LogitHead", "Prefill", "sampled_positions"]
 
@@ -43,7 +44,7 @@ class LogitHead:
 
     def __init__(self, model: Any, *, chunk: int = 256) -> None:
         self._model = model
-        self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self._decoder = decoder_of(model)
         self._embedding = model.get_output_embeddings()
         self._chunk = chunk
         if self._embedding is None or self._decoder is None or self._decoder is model:

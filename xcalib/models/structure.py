@@ -12,7 +12,14 @@ from torch import nn
 from xcalib.errors import ModelError
 from xcalib.profile import ModelIdentity
 
-__all__ = ["AttentionLayer", "attention_layers", "compact_projection", "describe_model", "head_projection"]
+__all__ = [
+    "AttentionLayer",
+    "attention_layers",
+    "compact_projection",
+    "decoder_of",
+    "describe_model",
+    "head_projection",
+]
 
 # Keys that say how a model was loaded or saved, not what it computes.
 _VOLATILE = re.compile(
@@ -68,6 +75,11 @@ def describe_model(model: Any, name: str | None = None, commit: str | None = Non
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // query_heads),
         config_sha256=hashlib.sha256(canonical.encode()).hexdigest(),
     )
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a causal language model that ends in hidden states, or the base model."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:

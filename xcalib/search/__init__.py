@@ -9,19 +9,24 @@ from xcalib.search.gate import Verdict, judge, missed
 
 # the submodule first: from here on xcalib.search.knapsack is the function
 from xcalib.search.knapsack import Choice, knapsack, knapsack_min_cost
+from xcalib.search.objectives import Objective, require_measured
 from xcalib.search.paper import PaperResult, paper_thresholds
-from xcalib.search.plan import Objective, Planned, SearchMethod, Tables, plan_point, uniform_thresholds
+from xcalib.search.plan import Planned, SearchMethod, Tables, plan_point, uniform_thresholds
 from xcalib.search.profiles import DEFAULT_CALIBRATION, CalibrationData, build_profile, search
+from xcalib.search.refine import Refinement, refine_point
+from xcalib.search.sequential import DEFAULT_ROUNDS
 from xcalib.search.targets import DEFAULT_TARGETS, Target, parse_target, parse_targets
 
 __all__ = [
     "DEFAULT_CALIBRATION",
+    "DEFAULT_ROUNDS",
     "DEFAULT_TARGETS",
     "CalibrationData",
     "Choice",
     "Objective",
     "PaperResult",
     "Planned",
+    "Refinement",
     "SearchMethod",
     "Tables",
     "Target",
@@ -36,6 +41,8 @@ __all__ = [
     "parse_target",
     "parse_targets",
     "plan_point",
+    "refine_point",
+    "require_measured",
     "search",
     "uniform_thresholds",
 ]

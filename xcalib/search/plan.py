@@ -6,18 +6,17 @@ from typing import Literal
 
 import numpy as np
 
-from xcalib.collect.allocate import TEMPER
 from xcalib.collect.curves import Curves
 from xcalib.errors import TargetError
-from xcalib.profile import Bound
+from xcalib.profile import Bound, SearchRound
 from xcalib.search.knapsack import knapsack, knapsack_min_cost
+from xcalib.search.objectives import Objective, losses
 from xcalib.search.paper import paper_thresholds
 from xcalib.search.targets import Target
 
-__all__ = ["Objective", "Planned", "SearchMethod", "Tables", "plan_point", "uniform_thresholds"]
+__all__ = ["Planned", "SearchMethod", "Tables", "plan_point", "uniform_thresholds"]
 
 SearchMethod = Literal["knapsack", "paper"]
-Objective = Literal["tempered", "gain", "plain"]
 
 AccuracyDrop = Callable[[list[np.ndarray]], list[float]]
 
@@ -31,12 +30,14 @@ class Planned:
         density: predicted, over the measured layers.
         kl: predicted, nats per token.
         bound: optimality record (knapsack only).
+        rounds: steps that were tried from there (:mod:`xcalib.search.sequential`).
     """
 
     thresholds: np.ndarray
     density: float
     kl: float
     bound: Bound | None
+    rounds: tuple[SearchRound, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,17 +62,16 @@ class Tables:
 
     @classmethod
     def of(cls, curves: Curves, objective: Objective = "tempered") -> "Tables":
-        """Read curves.
+        """Read curves; the objectives are those of :func:`xcalib.search.objectives.losses`.
 
-        ``objective`` is ``gain`` (gain x output error), ``tempered`` (that to the power of 0.75, which trusts the largest and
-        noisiest measurements less) or ``plain`` (output error alone).
+        Raises:
+            TargetError: the curves were measured without what the objective needs.
         """
         layers, heads, levels = curves.relative_error.shape
-        error = curves.relative_error
-        kl = curves.gain[:, None, None] * error
+        kl = curves.gain[:, None, None] * curves.relative_error
+        loss = losses(curves, objective)
         cost = curves.density / (layers * heads)
         flat = (layers * heads, levels)
-        loss = {"gain": kl, "tempered": kl**TEMPER, "plain": error}[objective]
         return cls(curves.grid, cost.reshape(flat), loss.reshape(flat), kl.reshape(flat), (layers, heads), curves)
 
     def at(self, table: np.ndarray, thresholds: np.ndarray) -> float:

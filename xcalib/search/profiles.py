@@ -6,8 +6,8 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,14 @@ from xcalib.search.lengths import (
     refuse_unreachable,
     worst_bound,
 )
-from xcalib.search.plan import AccuracyDrop, Objective, Planned, SearchMethod, Tables, plan_point
+from xcalib.search.objectives import OBJECTIVE_NAMES, Objective, measuring
+from xcalib.search.plan import AccuracyDrop, Planned, SearchMethod, Tables, plan_point
+from xcalib.search.sequential import DEFAULT_ROUNDS, Sequential
 from xcalib.search.targets import Target, parse_targets
 
 __all__ = ["DEFAULT_CALIBRATION", "CalibrationData", "build_profile", "search"]
 
-_OBJECTIVE_NAMES = {
-    "tempered": "(gain x output error)^0.75",
-    "gain": "gain x output error",
-    "plain": "output error",
-}
+Improve = Callable[[Target, Planned], Planned]
 _PACKAGES = ("xcalib", "torch", "transformers", "numpy")
 
 
@@ -82,8 +80,10 @@ def search(
     curves: Curves | Sequence[Curves] | None = None,
     folder: str | os.PathLike[str] | None = None,
     name: str | None = None,
+    rounds: int = DEFAULT_ROUNDS,
     resume: bool = False,
     force: bool = False,
+    adjust: Callable[[Profile, Sequence[Curves]], Profile] | None = None,
     progress: Progress = silent,
 ) -> Profile:
     """Measure a model, find the thresholds of each operating point, and measure these on held-out data.
@@ -99,14 +99,18 @@ def search(
         heldout: samples for the evidence; none with ``data`` given as samples means no evidence, and unverified points.
         amount: how much data to take from specs, and of which lengths; default those of several ``curves``.
         method: ``knapsack`` or ``paper``.
-        objective: ``tempered`` ((layer gain x output error)^0.75), ``gain`` (without the power) or ``plain`` (output error).
+        objective: ``tempered`` ((layer gain x output error)^0.75), ``gain`` (without the power), ``plain`` (output error),
+            ``fisher`` (Fisher-weighted output error) or ``mass`` (attention mass left out).
         start_threshold: of the paper's method.
         settings: of the measurement.
         curves: measured before, of one length or of several; skips the measurement.
         folder: where curves and unfinished work are kept; default a temporary folder.
         name: what the user calls the model.
+        rounds: how often to measure with all layers sparse and search again, from what the knapsack found first
+            (:mod:`xcalib.search.sequential`); 0 leaves it out, and it is left out where the samples are not the curves'.
         resume: go on with what ``folder`` holds.
         force: return the profile although a point misses its target on held-out data; the point is marked unverified.
+        adjust: changes what was found before it is measured on held-out data, as a refinement does.
         progress: draws the work.
 
     Raises:
@@ -123,7 +127,8 @@ def search(
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(folder if folder is not None else temporary)
         if measured is None:
-            refuse_unreachable(targets, sets, (settings or CollectSettings()).block_size)
+            settings = measuring(settings or CollectSettings(), objective)
+            refuse_unreachable(targets, sets, settings.block_size)
             measured = collect_lengths(
                 model, sets, root / "curves", settings=settings, name=name, resume=resume, progress=progress
             )
@@ -134,7 +139,12 @@ def search(
             objective=objective,
             start_threshold=start_threshold,
             accuracy_drop=_drop_meters(model, sets, measured, tokenizer, progress),
+            improve=_improvers(
+                model, sets, measured, objective, rounds if method == "knapsack" else 0, root, resume, progress
+            ),
         )
+        if adjust is not None:
+            profile = adjust(profile, measured)
         if heldout is None:
             return profile
         identity = _evidence_identity(profile, heldout)
@@ -186,10 +196,9 @@ def _samples(
 def _evidence_identity(profile: Profile, heldout: SampleSet) -> dict[str, Any]:
     points = [(point.name, point.thresholds) for point in profile.points]
     bins = [part.model_dump() for part in profile.length_bins]
-    return {
-        "points": points, "bins": bins, "method": profile.method.model_dump(), "config": profile.model.config_sha256,
-        "heldout data": heldout.tokens_sha256,
-    }  # fmt: skip
+    data = {"heldout data": heldout.tokens_sha256, "heldout questions": heldout.questions_sha256}
+    method = profile.method.model_dump()
+    return {"points": points, "bins": bins, "method": method, "config": profile.model.config_sha256, **data}
 
 
 def build_profile(
@@ -200,11 +209,12 @@ def build_profile(
     objective: Objective = "tempered",
     start_threshold: float = 0.9,
     accuracy_drop: AccuracyDrop | Sequence[AccuracyDrop | None] | None = None,
+    improve: Sequence[Improve] | None = None,
 ) -> Profile:
     """Search the curves for every target; the profile carries predictions and no held-out evidence, so its points are unverified.
 
     Curves of several lengths, in ascending order, give one length bin each, and every target is met in each of them
-    (docs/lengths.md). ``accuracy_drop`` then has one entry for each.
+    (docs/lengths.md). ``accuracy_drop`` and ``improve``, which goes on from what the curves give, then have one entry for each.
 
     Raises:
         TargetError: a target cannot be reached, at one of the lengths.
@@ -216,11 +226,10 @@ def build_profile(
     points = []
     for target in targets:
         planned = []
-        for table, drop in zip(tables, drops, strict=True):
+        for index, (table, drop) in enumerate(zip(tables, drops, strict=True)):
             with at_length(table.curves, target, len(sets)):
-                planned.append(
-                    plan_point(table, target, method=method, start_threshold=start_threshold, accuracy_drop=drop)
-                )
+                plan = plan_point(table, target, method=method, start_threshold=start_threshold, accuracy_drop=drop)
+                planned.append(improve[index](target, plan) if improve else plan)
         points.append(_point(sets, target, planned, method, objective))
     names = [target.name for target in targets]
     settings, model = sets[0].settings, sets[0].model
@@ -243,12 +252,13 @@ def _point(
     return OperatingPoint(
         name=target.name,
         target=str(target),
-        objective=_OBJECTIVE_NAMES[objective],
+        objective=OBJECTIVE_NAMES[objective],
         method=method,
         thresholds=tuple(_all_layers(curves, one.thresholds) for curves, one in zip(sets, planned, strict=True)),
         predicted=pooled_prediction(sets, planned),
         bound=worst_bound(planned),
         verified=False,
+        rounds=tuple(one.rounds for one in planned) if any(one.rounds for one in planned) else None,
     )
 
 
@@ -257,6 +267,34 @@ def _all_layers(curves: Curves, thresholds: np.ndarray) -> tuple[tuple[float, ..
     full = np.ones((int(curves.model["layers"]), thresholds.shape[1]))
     full[list(curves.layers)] = thresholds
     return tuple(tuple(float(tau) for tau in row) for row in full)
+
+
+def _improvers(
+    model: Any,
+    sets: Sequence[SampleSet],
+    measured: Sequence[Curves],
+    objective: Objective,
+    rounds: int,
+    root: Path,
+    resume: bool,
+    progress: Progress,
+) -> list[Improve] | None:
+    """For each length, what goes on from a plan by measuring with all layers sparse; None where nothing is to."""
+    same = [samples.tokens_sha256 for samples in sets] == [curves.calibration["tokens_sha256"] for curves in measured]
+    if rounds < 1 or not same:
+        return None
+
+    def improver(samples: SampleSet, curves: Curves) -> Improve:
+        identity = {"config": curves.model["config_sha256"], "data": samples.tokens_sha256}
+        settings = {key: str(value) for key, value in asdict(curves.settings).items()}
+        stamp = hashlib.sha256(json.dumps([identity, settings], sort_keys=True).encode()).hexdigest()[:16]
+        units = Units(
+            root / "rounds" / stamp, {**identity, **settings}, resume=True
+        )  # a unit's name says what it measured
+        work = Sequential(model, samples, Tables.of(curves, objective), units=units, progress=progress)
+        return lambda target, planned: work.improve(target, planned, rounds)
+
+    return [improver(samples, curves) for samples, curves in zip(sets, measured, strict=True)]
 
 
 def _drop_meters(

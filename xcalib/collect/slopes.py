@@ -1,0 +1,107 @@
+"""With all layers sparse at once: the KL, and how it would change, to first order, with any head's threshold."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from xcalib.collect.backward import differentiable, masked_attention
+from xcalib.collect.curves import CollectSettings
+from xcalib.kernels import estimate_blocks
+from xcalib.kernels.geometry import Geometry
+from xcalib.kernels.reference import block_levels
+from xcalib.kernels.slopes import sweep_slopes
+from xcalib.models.attention import AttentionCall, patch_attention
+from xcalib.models.logits import LogitHead, sampled_positions
+
+__all__ = ["SlopeMeter", "Slopes"]
+
+POSITIONS = 256  # of logits at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Slopes:
+    """One sample under one choice of levels.
+
+    Attributes:
+        kl: mean KL(dense || sparse) in nats per compared position.
+        slope: fp64 ``(layers, heads, levels)``, nats per position: ``slope[l, h, j] - slope[l, h, chosen]`` is the first-order
+            change of ``kl`` when head h of layer l goes from its level to level j, all other heads as they are.
+    """
+
+    kl: float
+    slope: np.ndarray
+
+
+class SlopeMeter:
+    """Measures slopes on one model: one sparse forward pass, one backward pass, and in it a pass over each layer's blocks."""
+
+    def __init__(self, model: Any, settings: CollectSettings, layers: tuple[int, ...]) -> None:
+        self._model = model
+        self._settings = settings
+        self._rows = {layer: row for row, layer in enumerate(layers)}
+        self._head = LogitHead(model)
+        self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+    def measure(self, tokens: torch.Tensor, levels: np.ndarray, dense: torch.Tensor) -> Slopes:
+        """Run a sample with every head at its level.
+
+        Args:
+            tokens: int64 ``(length,)``.
+            levels: int ``(layers, heads)``, of the settings' grid, for the measured layers.
+            dense: the dense model's last hidden states at the compared positions, ``(positions, hidden)``.
+        """
+        found: dict[int, np.ndarray] = {}
+
+        def compute(call: AttentionCall) -> torch.Tensor | None:
+            row = self._rows.get(call.layer)
+            if call.dense_reason is not None or row is None:
+                return None
+            return self._attend(call, torch.as_tensor(levels[row], device=call.query.device), found)
+
+        with patch_attention(self._model, compute, gradients=True), differentiable(self._model):
+            hidden = self._decoder(input_ids=tokens[None], use_cache=False)[0][0]
+            compared = hidden[sampled_positions(self._settings.gain_every)]  # (positions, hidden)
+            kl, gradient = self._kl_gradient(dense, compared.detach())
+            compared.backward(gradient)
+        return Slopes(kl, np.stack([found[layer] for layer in self._rows]))
+
+    def _attend(self, call: AttentionCall, levels: torch.Tensor, found: dict[int, np.ndarray]) -> torch.Tensor:
+        """Sparse attention that gradients pass through; the one that arrives at its output is turned into slopes."""
+        settings, size = self._settings, self._settings.block_size
+        query, key, value = (tensor.detach() for tensor in (call.query, call.key, call.value))
+        scores = estimate_blocks(
+            query, key, stride=settings.stride, block_size=size, scale=call.scale, pattern=settings.pattern
+        )
+        grid = torch.tensor(settings.grid, dtype=torch.float64, device=query.device)
+        geometry = Geometry(query.shape[2], key.shape[2], size, True)
+        level = block_levels(scores, grid, geometry, settings.order)  # (B, Hq, nq, nk)
+        mask = level <= levels[:, None, None]
+        output = masked_attention(call.query, call.key, call.value, mask, block_size=size, scale=call.scale)
+        if not output.requires_grad:  # the first layer: nothing before it asks for gradients
+            output.requires_grad_(True)
+
+        def hook(gradient: torch.Tensor) -> None:
+            slopes = sweep_slopes(
+                query, key, value, gradient, level, len(settings.grid), block_size=size, scale=call.scale
+            )
+            found[call.layer] = slopes.cpu().numpy()
+
+        output.register_hook(hook)  # of what is computed again in the backward pass, none is called
+        return output
+
+    def _kl_gradient(self, dense: torch.Tensor, hidden: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Mean KL over positions, and its gradient with respect to ``hidden`` ``(positions, hidden)``."""
+        total, gradients = 0.0, []
+        for start in range(0, len(hidden), POSITIONS):
+            rows = hidden[start : start + POSITIONS].clone().requires_grad_(True)
+            with torch.no_grad():
+                reference = functional.log_softmax(self._head.logits(dense[start : start + POSITIONS].to(rows)), dim=-1)
+            other = functional.log_softmax(self._head.logits(rows), dim=-1)
+            kl = (reference.exp() * (reference - other)).sum() / len(hidden)
+            (gradient,) = torch.autograd.grad(kl, rows)
+            total += float(kl.detach())
+            gradients.append(gradient)
+        return total, torch.cat(gradients)

@@ -1,0 +1,115 @@
+"""What the next trial tries."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+__all__ = ["MERIT", "ShiftSampler", "is_start"]
+
+MERIT = "merit"  # user attribute of a trial: see Comparison.merit
+PAIRS_PER_MINIMUM = 4
+STEP = 0.25  # of the pairs, in root mean square over the dimensions and as a share of the range
+FloatArray = npt.NDArray[np.float64]
+
+
+def is_start(trial: FrozenTrial, dimensions: int) -> bool:
+    """Whether the trial measures the point that is refined: all shifts 0."""
+    return len(trial.params) == dimensions and not any(trial.params.values())
+
+
+class ShiftSampler(BaseSampler):
+    """The start, pairs of opposite shifts around it, the minimum that these suggest, then multivariate TPE.
+
+    The directions of the pairs are orthogonal. Near the start the merit along each is about a parabola, through the start and
+    the two of the pair; after every few pairs one trial goes to where all parabolas so far are lowest, no further away than a
+    pair. TPE, which knows no slopes, goes on from there.
+
+    A proposal depends on the seed, the trial's place and the trials before it, never on the process: a study that was
+    killed and resumed by one worker gives the same trials as one that was not.
+    """
+
+    def __init__(self, space: Mapping[str, BaseDistribution], seed: int) -> None:
+        self._space = dict(space)
+        self._seed = seed
+        size = len(self._space)
+        reach = np.array([distribution.high for distribution in self._space.values()])  # type: ignore[attr-defined]
+        rotation = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0]
+        self._reach = reach
+        # (directions, dimensions); no entry reaches the end of its range
+        steps = rotation.T * np.sqrt(size) * STEP
+        self._steps = reach * steps / np.maximum(1.0, np.abs(steps).max(axis=1, keepdims=True))
+        # of each place after the start: direction and sign of a step, or None for the minimum
+        self._plan: list[tuple[int, int] | None] = []
+        for direction in range(len(self._steps)):
+            self._plan += [(direction, 1), (direction, -1)]
+            if direction % PAIRS_PER_MINIMUM == PAIRS_PER_MINIMUM - 1 or direction == len(self._steps) - 1:
+                self._plan.append(None)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All dimensions, always."""
+        return self._space
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """A value for every dimension."""
+        before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number and t.state != TrialState.FAIL]
+        undecided = [t for t in before if not t.state.is_finished() and len(t.params) < len(self._space)]
+        if not undecided and not any(is_start(t, len(self._space)) for t in before):
+            return dict.fromkeys(self._space, 0.0)
+        place = len(before)
+        planned = self._planned(place, before)
+        if planned is not None:
+            return dict(zip(self._space, planned.tolist(), strict=True))
+        state = int(np.random.SeedSequence([self._seed, place]).generate_state(1)[0])
+        tpe = TPESampler(multivariate=True, n_startup_trials=1, seed=state)
+        found = tpe.sample_relative(study, trial, tpe.infer_relative_search_space(study, trial))
+        # many workers began at once, and nothing is finished yet
+        draw = np.random.default_rng([self._seed, place]).normal(0, STEP, len(self._space)).clip(-1, 1) * self._reach
+        return found or dict(zip(self._space, draw.tolist(), strict=True))
+
+    def _planned(self, place: int, before: list[FrozenTrial]) -> FloatArray | None:
+        if not 1 <= place <= len(self._plan):
+            return None
+        step = self._plan[place - 1]
+        if step is None:
+            return self._minimum(before)
+        direction, sign = step
+        shifts: FloatArray = sign * self._steps[direction]
+        return shifts
+
+    def _minimum(self, before: list[FrozenTrial]) -> FloatArray | None:
+        """Where the parabolas of the finished pairs are lowest; None where no pair is finished."""
+        merits = {
+            _key([trial.params[name] for name in self._space]): float(trial.user_attrs[MERIT])
+            for trial in before
+            if MERIT in trial.user_attrs and trial.state.is_finished()
+        }
+        shifts, pairs = np.zeros(len(self._space)), 0
+        for step in self._steps:
+            plus, minus = merits.get(_key(step)), merits.get(_key(-step))
+            if plus is not None and minus is not None:
+                slope, bend = (plus - minus) / 2, (plus + minus) / 2
+                along = -slope / (2 * bend) if bend > 0 else -np.sign(slope)
+                shifts += np.clip(along, -1, 1) * step
+                pairs += 1
+        # No further than the pairs went: what is known along each direction says little about all of them at once.
+        length, measured = np.linalg.norm(shifts / self._reach), np.linalg.norm(self._steps[0] / self._reach)
+        return shifts * min(1.0, measured / max(length, 1e-12)) if pairs else None
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Never asked for."""
+        raise NotImplementedError("all dimensions are sampled together")
+
+
+def _key(shifts: npt.ArrayLike) -> tuple[float, ...]:
+    """The same for the same direction on another machine, whose last digits may differ."""
+    return tuple(float(shift) for shift in np.round(np.asarray(shifts, dtype=np.float64), 9))

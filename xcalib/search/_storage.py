@@ -1,0 +1,173 @@
+"""Where trials are kept: a journal file, or a database by its URL."""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import Study
+
+from xcalib._yaml import one_line
+from xcalib.errors import StudyError
+
+__all__ = ["open_storage", "open_study"]
+
+JOURNAL = "journal:"
+IDENTITY = "refines"  # user attribute of a study
+
+
+def open_storage(location: str | None) -> BaseStorage:
+    """Open a storage, made if it is not there.
+
+    Args:
+        location: ``journal:PATH`` (also ``journal:///ABSOLUTE/PATH``) or a plain path for a journal file; a SQLAlchemy URL such
+            as ``sqlite:///study.db`` or ``postgresql://user@host/name`` for a database; None keeps trials in memory.
+
+    Raises:
+        StudyError: it cannot be opened, or is no storage of Optuna's.
+    """
+    if location is None:
+        return InMemoryStorage()
+    if location.startswith(JOURNAL):
+        return _journal(location.removeprefix(JOURNAL).removeprefix("//"))
+    return _database(location) if "://" in location else _journal(location)
+
+
+def _journal(name: str) -> BaseStorage:
+    if not name:
+        raise StudyError("storage 'journal:': names no file; expected journal:PATH")
+    path = Path(name).expanduser().absolute()
+    if not path.parent.is_dir():
+        raise StudyError(f"storage {str(path)!r}: the folder {path.parent} does not exist")
+    # not Optuna's default lock, a link: one left behind by a killed worker is never found stale where links dangle
+    lock = JournalFileOpenLock(str(path))
+    try:
+        _check_first_line(path)
+        backend = JournalFileBackend(str(path), lock_obj=lock)
+        _cut_torn_line(path, lock)
+        return JournalStorage(backend)
+    except OSError as error:
+        raise StudyError(f"storage {str(path)!r}: cannot be opened: {error.strerror or error}") from error
+    except Exception as error:  # a file of another kind raises anything
+        said = one_line(f"{type(error).__name__}: {error}")
+        raise StudyError(f"storage {str(path)!r}: is no journal of Optuna's, or damaged ({said})") from error
+
+
+def _check_first_line(path: Path) -> None:
+    """Raise ValueError for a file of another kind: Optuna reads over a last line that it does not understand, and appends."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        line = file.readline(1 << 20)
+        if line and "op_code" not in json.loads(line):
+            raise ValueError("the first line is no entry of a journal")
+
+
+def _cut_torn_line(path: Path, lock: JournalFileOpenLock) -> None:
+    """Drop the half line that a machine which died while writing left at the end; nothing could be read after it."""
+    with path.open("rb") as file:
+        if not _is_torn(file.seek(0, os.SEEK_END), file):
+            return
+    lock.acquire()
+    try:
+        with path.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if _is_torn(size, file):  # still, now that nobody writes
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _is_torn(size: int, file: Any) -> bool:
+    if not size:
+        return False
+    file.seek(size - 1)
+    return bool(file.read(1) != b"\n")
+
+
+def _database(url: str) -> BaseStorage:
+    import sqlalchemy
+
+    shown = url.partition("://")[0] + "://..."
+    try:
+        shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
+        return RDBStorage(url)
+    except ModuleNotFoundError as error:
+        raise StudyError(f"storage {shown!r}: needs a database driver: pip install {error.name}") from error
+    except Exception as error:  # drivers raise what they like
+        cause = error.__cause__ or error
+        said = one_line(f"{type(cause).__name__}: {cause}".partition("\n")[0])
+        raise StudyError(
+            f"storage {shown!r}: cannot be opened ({said}); expected journal:PATH or a database URL"
+        ) from error
+
+
+def open_study(
+    storage: BaseStorage,
+    name: str,
+    identity: Mapping[str, str | int | float],
+    *,
+    metric: str,
+    resume: bool | None,
+    sampler: optuna.samplers.BaseSampler,
+) -> Study:
+    """The study called ``name``, begun if it is not there; it records what it refines.
+
+    Args:
+        storage: from :func:`open_storage`.
+        name: unique for ``identity``.
+        identity: what makes trials comparable, in plain words.
+        metric: name of the trials' value.
+        resume: True goes on with a study and never begins beside one of the same point; False never goes on; None does either.
+        sampler: of this worker.
+
+    Raises:
+        StudyError: ``resume`` forbids it; the message says what differs.
+    """
+    there = {study.study_name: study for study in optuna.get_all_study_summaries(storage, include_best_trial=False)}
+    if name in there and resume is False:
+        raise StudyError(
+            "this refinement was begun before: go on with --resume (resume=True), or choose another storage"
+        )
+    if name not in there and resume:
+        for summary in there.values():
+            before = summary.user_attrs.get(IDENTITY)
+            if isinstance(before, dict) and before.get("point") == identity["point"]:
+                raise StudyError(_differences(before, identity))
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # that a study was made is ours to say
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1)
+            study = optuna.create_study(
+                storage=storage,
+                study_name=name,
+                load_if_exists=True,
+                direction="minimize",
+                sampler=sampler,
+                pruner=pruner,
+            )
+            if study.metric_names is None:
+                study.set_metric_names([metric])  # what a dashboard writes on its axis
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    recorded = study.user_attrs.get(IDENTITY)
+    if recorded is None:
+        study.set_user_attr(IDENTITY, dict(identity))
+    elif recorded != dict(identity):
+        raise StudyError(_differences(recorded, identity))
+    return study
+
+
+def _differences(before: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    parts = [f"{key} {before.get(key)!r}, now {value!r}" for key, value in identity.items() if before.get(key) != value]
+    return (
+        f"the storage holds a refinement of point {before.get('point')!r} with another {'; another '.join(parts)}: use the same "
+        "options, or leave --resume out to begin anew"
+    )
