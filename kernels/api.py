@@ -128,8 +128,8 @@ def select_blocks(
     visible block.
 
     ``order="recent"`` departs from the paper: right after the blocks always kept comes the one before the row's own, whatever its
-    score, for the score is a mean over the row and the row's first queries look there. It counts towards the threshold, and is
-    not kept where those always kept reach the threshold.
+    score, for the score is a mean over the row and the row's first queries look there. Every threshold above 0 keeps it, and it
+    counts towards the threshold; by the other policies it is kept where there is room.
 
     Args:
         scores: fp32 ``(batch, q_heads, q_blocks, k_blocks)`` from :func:`estimate_blocks`.

@@ -111,6 +111,8 @@ def _ranking(scores: torch.Tensor, geometry: Geometry, order: str) -> tuple[torc
 def cut_offs(scores: torch.Tensor, geometry: Geometry, order: str = "score") -> torch.Tensor:
     """The limit above which each block is kept: the probability of everything preferred to it, in units of ``1 / ONE``.
 
+    By order ``recent`` it is 0 for the block before the row's own, whatever those always kept hold.
+
     Returns:
         int64 like ``scores``: ALWAYS for the sink and own blocks, NEVER for invisible ones; a block is kept at a threshold
         when its cut-off is below :func:`_fixed_limits` of that threshold. Rows must sum to less than 2,048.
@@ -120,7 +122,10 @@ def cut_offs(scores: torch.Tensor, geometry: Geometry, order: str = "score") -> 
     fixed = (scores.masked_fill(~visible, 0.0).double() * ONE).long()  # the product is exact, .long() truncates
     ranked = fixed.gather(-1, ranking)
     before = ranked.cumsum_(-1).sub_(fixed.gather(-1, ranking))
-    return fixed.scatter_(-1, ranking, before).masked_fill_(forced, ALWAYS).masked_fill_(~visible, NEVER)
+    limits = fixed.scatter_(-1, ranking, before)
+    if order == "recent":
+        limits.masked_fill_(geometry.previous(scores.device), 0)  # by every threshold above 0
+    return limits.masked_fill_(forced, ALWAYS).masked_fill_(~visible, NEVER)
 
 
 def _fixed_limits(threshold: torch.Tensor) -> torch.Tensor:

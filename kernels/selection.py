@@ -266,9 +266,10 @@ def _kept(scores, columns, visible, first_own, last_own, limit_ptr, POLICY: tl.c
     limit = _limit(limit_ptr, visible, POLICY)
     free = seen & (forced == 0)
     if RECENT:
-        # the block before the row's own comes first of all that may be dropped
+        # the block before the row's own comes first of all that may be dropped, and only a threshold of 0 drops it
         previous = free & (columns == first_own - 1)
-        forced = forced | (previous & (base < limit))
+        wanted = limit > 0 if POLICY == "threshold" else base < limit
+        forced = forced | (previous & wanted)
         free = free & (previous == 0)
         base += tl.sum(tl.where(previous, weights, 0), 0)
     # -0.0 is 0.0; what is no candidate lies below every candidate

@@ -280,6 +280,9 @@ def oracle_row(
     queue = shape.previous(row) if order == "recent" else []
     queue += by_preference(row_scores, [block for block in visible if block not in kept and block not in queue])
     if policy == "threshold":
+        if order == "recent" and threshold > 0:
+            kept |= set(queue[: len(shape.previous(row))])
+            del queue[: len(shape.previous(row))]
         total = sum((row_scores[block] for block in kept), Fraction(0))
         while queue and (threshold >= 1 or total < threshold):
             total += row_scores[queue[0]]
@@ -461,7 +464,8 @@ def kept_recent(scores: torch.Tensor, threshold: float, shape: Shape, policy: An
 
 RECENT = [
     ("threshold", 0.0, "100001"),
-    ("threshold", 0.25, "100001"),  # the sink and the own block hold 2/8 already: block 4 is not taken
+    ("threshold", 2**-20, "100011"),  # the sink and the own block hold more already: block 4 is taken all the same
+    ("threshold", 0.25, "100011"),
     ("threshold", 0.25 + 2**-20, "100011"),  # block 4 before block 3, which scores three times as much
     ("threshold", 0.375, "100011"),  # block 4 counts: 3/8 are reached
     ("threshold", 0.375 + 2**-20, "100111"),
@@ -489,7 +493,8 @@ def test_the_block_before_the_own_ones_comes_right_after_those_always_kept(
 
 def test_a_previous_block_without_any_probability_is_taken_all_the_same() -> None:
     scores, shape = one_row([0.5, 0.25, 0.0, 0.0, 0.25])
-    assert kept_recent(scores, 0.75, shape) == "10001"
+    assert kept_recent(scores, 0.0, shape) == "10001"
+    assert kept_recent(scores, 0.75, shape) == "10011"
     assert kept_recent(scores, 0.75 + 2**-20, shape) == "11011"
 
 
@@ -518,7 +523,8 @@ def test_queries_across_two_blocks_look_back_from_the_first(
     scores = torch.zeros(1, 1, 1, shape.k_blocks)
     scores[..., 0], scores[..., 1] = 0.25, 0.75  # block 1 scores most, and comes after the previous one
     held = 1.0 if k_len == 96 else 0.25
-    assert kept_recent(scores, held, shape) == least
+    assert kept_recent(scores, 0.0, shape) == least
+    assert kept_recent(scores, held, shape) == more
     number = float(least.count("1"))
     assert kept_recent(scores, number, shape, "top-k") == least
     assert kept_recent(scores, number + 1, shape, "top-k") == more

@@ -173,7 +173,7 @@ def test_the_set_is_the_reference_set(case: Case) -> None:
 
 
 def kept_by_the_rule(scores: list[float], forced: set[int], first: set[int], threshold: float) -> list[bool]:
-    """One row in whole numbers, from the rule's wording; ``first`` is what comes before the others whatever its score."""
+    """One row in whole numbers, from the rule's wording; ``first`` is what any threshold above 0 keeps, before the others."""
     fixed = [math.floor(Fraction(score) * ONE) for score in scores]
     limit = math.ceil(Fraction(threshold) * ONE)
     order = sorted(
@@ -182,7 +182,7 @@ def kept_by_the_rule(scores: list[float], forced: set[int], first: set[int], thr
     kept = [False] * len(scores)
     total = 0
     for block in order:
-        kept[block] = block in forced or threshold >= 1 or total < limit
+        kept[block] = block in forced or threshold >= 1 or total < limit or (block in first and limit > 0)
         total += fixed[block]
     return kept
 

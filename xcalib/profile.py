@@ -110,8 +110,8 @@ class _Model(BaseModel):
 class Method(_Model):
     """How blocks are chosen: group size S and block size B in tokens, the pattern inside a group, the order of preference.
 
-    order: "score" is the published rule; with "recent" the block before a row's own comes right after those always kept, which
-    is our own departure from it (docs/kernels.md).
+    order: "score" is the published rule; with "recent" every tau above 0 keeps the block before a row's own, which is our own
+    departure from it (docs/kernels.md).
     """
 
     _later = frozenset({"order"})

@@ -52,7 +52,7 @@ Pattern = Annotated[kernels.Pattern, typer.Option(help="Which query of a group m
 Order = Annotated[
     kernels.Order,
     typer.Option(
-        help="Of preference: recent takes the block before a row's own right after those always kept, score is the paper's."
+        help="Of preference: recent takes the block before a row's own at every tau above 0, score is the paper's rule."
     ),
 ]
 Measures = Annotated[

@@ -39,8 +39,8 @@ class CollectSettings:
         stride: tokens per group (S) of the scoring.
         block_size: tokens per block (B).
         pattern: of the scoring.
-        order: of preference: ``"recent"`` takes the block before a row's own right after those always kept, which is our own
-            departure from the paper; ``"score"`` is the paper's (:func:`xcalib.kernels.select_blocks`).
+        order: of preference: with ``"recent"`` every tau above 0 keeps the block before a row's own, which is our own departure
+            from the paper; ``"score"`` is the paper's (:func:`xcalib.kernels.select_blocks`).
         grid: ascending taus, the first 0 and the last 1.
         gain_samples: how many samples measure the layer gains.
         gain_density: density at which a layer is switched to measure its gain.
