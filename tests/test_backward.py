@@ -190,7 +190,7 @@ def test_errors_are_what_outputs_lose(tiny_model: Build) -> None:
         scores = estimate_blocks(call.query, call.key, block_size=64, scale=call.scale)
         outputs = []
         for tau in SETTINGS.grid:
-            mask = select_blocks(scores, tau, q_len=330, k_len=330, block_size=64)
+            mask = select_blocks(scores, tau, q_len=330, k_len=330, block_size=64, order=SETTINGS.order)
             outputs.append(
                 block_sparse_attention(call.query, call.key, call.value, mask, block_size=64, scale=call.scale)
             )

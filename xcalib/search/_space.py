@@ -9,7 +9,8 @@ import numpy.typing as npt
 from xcalib.collect.curves import Curves
 from xcalib.errors import CurvesError, TargetError, XcalibError
 from xcalib.profile import OperatingPoint, Profile
-from xcalib.search.plan import Objective, Tables, plan_point
+from xcalib.search.objectives import Objective
+from xcalib.search.plan import Tables, plan_point
 from xcalib.search.targets import Target, parse_target
 
 __all__ = ["MAX_DIMENSIONS", "PriceSpace", "price_space"]
