@@ -438,6 +438,11 @@ def _point_faults(profile: Profile) -> Iterator[tuple[KeyPath, str]]:
         names.add(point.name)
         for path, text in _threshold_faults(profile, point):
             yield ("points", index, "thresholds", *path), text
+        if point.rounds is not None and len(point.rounds) != len(profile.length_bins):
+            yield (
+                ("points", index, "rounds"),
+                f"{len(point.rounds)} length bins, the profile has {len(profile.length_bins)}",
+            )
         for path, text in _length_faults(profile, point):
             yield ("points", index, *path), text
     if profile.default_point not in names:

@@ -172,7 +172,8 @@ def _identity(
         "point": point.name,
         "target": point.target,
         "model": f"{profile.model.name} {profile.model.config_sha256[:12]}",
-        "method": f"stride {profile.method.stride}, block {profile.method.block_size}, {profile.method.pattern}",
+        "method": f"stride {profile.method.stride}, block {profile.method.block_size}, {profile.method.pattern}, "
+        f"order {profile.method.order}",
         "thresholds": _digest([list(row) for row in point.thresholds[bin_index]]),
         "length bin": bin_index,
         "curves": read.hexdigest()[:12],

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from xcalib.collect import Curves
+from xcalib.collect import Curves, measured_length
+from xcalib.collect.lengths import labelled
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.progress import Progress
@@ -63,5 +64,7 @@ class Rounds:
         # A unit's name says which thresholds it measured: another target, or an objective, may take up what is there.
         units = Units(self._folder / stamp, identity, resume=True)
         self._units.append(units)
+        if len(self._pairs) > 1:
+            progress = labelled(progress, measured_length(curves))
         work = Sequential(model, samples, Tables.of(curves, objective), units=units, progress=progress)
         return lambda target, planned: work.improve(target, planned, self._count)
