@@ -213,8 +213,10 @@ def test_a_gain_is_kept_and_recorded(job: Job, monkeypatch: pytest.MonkeyPatch) 
     assert found.refinement.ratio < found.validation.ratio < 1
     new = found.profile.point("balanced")
     assert new.thresholds != old.thresholds and new.verified is False and new.heldout is None and new.bound is None
-    assert new.refined is not None and new.refined.ratio == found.validation.ratio
-    assert (new.refined.trials, new.refined.dimensions, new.refined.validation_samples) == (20, 4, 6)
+    assert new.refined is not None
+    (record,) = new.refined
+    assert record is not None and record.ratio == found.validation.ratio
+    assert (record.trials, record.dimensions, record.validation_samples) == (20, 4, 6)
     assert new.predicted is not None and old.predicted is not None
     assert new.predicted.kl == pytest.approx(old.predicted.kl * found.validation.ratio)
     assert found.profile.points[1:] == job.profile.points[1:]

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from xcalib.cli import options as opt
+from xcalib.cli.by_length import bin_name
 from xcalib.cli.found import reporting_misses
 from xcalib.cli.output import console, print_json, progress, resumable
 from xcalib.collect import Curves, load_curve_sets
@@ -192,6 +193,8 @@ def refining(
     def adjust(profile: Profile, measured: Sequence[Curves]) -> Profile:
         for point in profile.points:
             for index, (curves, samples, judges) in enumerate(zip(measured, sets, validation, strict=True)):
+                if len(measured) > 1:
+                    console.print(f"{point.name}, {bin_name(profile.length_bins[index])}:")
                 result = refine_point(
                     loaded.model, profile, curves, samples, judges, point=point.name, trials=trials, seed=seed,
                     bin_index=index, storage=where, resume=None if resume else False, progress=progress,

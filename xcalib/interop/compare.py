@@ -181,4 +181,7 @@ def _rounds(point: OperatingPoint) -> str | None:
 
 
 def _refined(point: OperatingPoint) -> str | None:
-    return None if point.refined is None else f"by {point.refined.trials} trials"
+    """By how many trials each length bin was refined."""
+    if point.refined is None:
+        return None
+    return ", ".join("not" if one is None else f"by {one.trials} trials" for one in point.refined)
