@@ -88,7 +88,9 @@ def test_mass_is_summed_over_tokens(whole: tuple[Curves, Path], loaded: Any, sam
     found: dict[int, np.ndarray] = {}
 
     def compute(call: AttentionCall) -> None:
-        found[call.layer] = dropped_mass(call.query, call.key, grid, block_size=64, scale=call.scale).numpy()
+        found[call.layer] = dropped_mass(
+            call.query, call.key, grid, block_size=64, scale=call.scale, order=SETTINGS.order
+        ).numpy()
 
     for index, sample in enumerate(samples.samples):
         with torch.no_grad(), patch_attention(loaded.model, compute):
