@@ -46,7 +46,8 @@ def sweep_slopes(
     for first in range(0, geometry.q_blocks, step):
         last = min(first + step, geometry.q_blocks)
         mass, slope = _by_block(query, key, value, gradient, geometry, first, last, scale)  # (B, Hq, rows, blocks)
-        place = level[:, :, first:last, : mass.shape[-1]].repeat_interleave(block_size, 2)[:, :, : mass.shape[2]]
+        rows = first + torch.arange(mass.shape[2], device=level.device) // block_size
+        place = level[:, :, rows, : mass.shape[-1]]
         empty = mass.new_zeros((*mass.shape[:3], levels + 1))
         kept = empty.scatter_add(-1, place, mass).cumsum(-1)[..., :levels]  # (B, Hq, rows, levels)
         along = empty.scatter_add(-1, place, slope).cumsum(-1)[..., :levels]

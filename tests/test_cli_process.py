@@ -86,7 +86,7 @@ def test_show_into_a_file(profile: Path, tmp_path: Path) -> None:
 
 # Waits for its first sample to be on disk, then in the second one, until Ctrl-C comes.
 WAITING = """
-import sys, time
+import signal, sys, time
 import xcalib.cli
 from xcalib.collect.measure import Sweeper
 
@@ -100,6 +100,7 @@ def slow(self, *arguments, **options):
     return measure(self, *arguments, **options)
 
 Sweeper.measure = slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job, as these tests may be, ignores it
 sys.argv[0] = "xcalib"
 xcalib.cli.main()
 """

@@ -43,6 +43,7 @@ def test_search_save_load_apply_evaluate(demo: Any, tmp_path: Path) -> None:
         settings=SETTINGS,
         folder=tmp_path / "work",
         name="demo",
+        rounds=1,  # for the test's time
     )
     xcalib.save_profile(found, tmp_path / "demo.yaml")
     profile = xcalib.load_profile(tmp_path / "demo.yaml")

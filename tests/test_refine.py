@@ -213,8 +213,10 @@ def test_a_gain_is_kept_and_recorded(job: Job, monkeypatch: pytest.MonkeyPatch) 
     assert found.refinement.ratio < found.validation.ratio < 1
     new = found.profile.point("balanced")
     assert new.thresholds != old.thresholds and new.verified is False and new.heldout is None and new.bound is None
-    assert new.refined is not None and new.refined.ratio == found.validation.ratio
-    assert (new.refined.trials, new.refined.dimensions, new.refined.validation_samples) == (20, 4, 6)
+    assert new.refined is not None
+    (record,) = new.refined
+    assert record is not None and record.ratio == found.validation.ratio
+    assert (record.trials, record.dimensions, record.validation_samples) == (20, 4, 6)
     assert new.predicted is not None and old.predicted is not None
     assert new.predicted.kl == pytest.approx(old.predicted.kl * found.validation.ratio)
     assert found.profile.points[1:] == job.profile.points[1:]
@@ -260,8 +262,10 @@ def test_a_bounded_kl_saves_blocks(job: Job, monkeypatch: pytest.MonkeyPatch) ->
     assert found.validation.kl[1] <= found.validation.kl[0] * 1.02
 
 
-def test_trials_are_pruned_sample_by_sample(job: Job, monkeypatch: pytest.MonkeyPatch, random_samples: Any) -> None:
-    """All shifts are of harm, on every sample."""
+def test_trials_are_pruned_sample_by_sample(
+    job: Job, monkeypatch: pytest.MonkeyPatch, random_samples: Any, tmp_path: Path
+) -> None:
+    """Every shift that changes a threshold is of harm, on every sample."""
     begin = np.asarray(job.profile.point("balanced").thresholds[0])
     measured: list[bytes] = []
 
@@ -270,10 +274,17 @@ def test_trials_are_pruned_sample_by_sample(job: Job, monkeypatch: pytest.Monkey
         return 0.03 + 0.01 * index + float(np.abs(thresholds - begin).mean()), 0.5
 
     monkeypatch.setattr(Meter, "_measure", measure)
-    found = job.refine(trials=10, samples=random_samples([REFINEMENT] * 12, seed=5))
-    assert found.trials["pruned"] >= 5 and sum(found.trials.values()) == 10
-    counts = sorted(measured.count(thresholds) for thresholds in set(measured))
-    assert counts[0] == 4 and counts[-1] == 12  # four samples are the fewest that can tell with p < 0.1
+    samples = random_samples([REFINEMENT] * 12, seed=5)
+    found = job.refine(trials=10, price_range=2.0, samples=samples, storage=f"journal:{tmp_path / 'j'}")
+    space = price_space(job.profile, job.profile.point("balanced"), job.curves, groups=24, bin_index=0)
+    trials = load_trials(tmp_path / "j")
+    harmful = [not np.array_equal(space.thresholds(list(params.values())), begin) for _, params, _ in trials]
+    assert [state == "PRUNED" for state, _, _ in trials] == harmful
+    assert sum(harmful) >= 5 and found.trials == {"complete": 10 - sum(harmful), "pruned": sum(harmful), "failed": 0}
+    counts = {thresholds: measured.count(thresholds) for thresholds in measured}
+    assert counts.pop(begin.tobytes()) == 12
+    assert min(counts.values()) == 4  # the fewest that can tell with p < 0.1
+    assert max(counts.values()) < 12
 
 
 # --- resuming, sharing
@@ -323,7 +334,7 @@ def test_samples_must_fit(job: Job, random_samples: Callable[..., Any]) -> None:
         job.refine(validation=job.samples)
     with pytest.raises(DataError, match="validation has one sample"):
         job.refine(validation=random_samples([300], seed=9))
-    with pytest.raises(DataError, match="sample 1 has 200 tokens, but the thresholds to refine serve 256 and more"):
+    with pytest.raises(DataError, match="sample 1 has 200 tokens, but the thresholds to refine serve 240 to 320"):
         job.refine(samples=random_samples([300, 200], seed=5))
 
 

@@ -22,6 +22,7 @@ from xcalib.kernels.reference import block_levels
 from xcalib.kernels.slopes import sweep_slopes
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.logits import LogitHead, sampled_positions
+from xcalib.profile import Profile, SearchRound, make_profile
 from xcalib.search import Tables, build_profile, parse_target, parse_targets, plan_point, refine_point
 from xcalib.search import search as search_model
 from xcalib.search._space import price_space
@@ -292,26 +293,38 @@ def test_other_samples_than_the_curves_give_no_rounds(model: Any, random_samples
     assert profile.points[0].rounds is None
 
 
-def test_a_point_searched_again_can_be_refined(
-    model: Any, samples: Any, curves: Curves, random_samples: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("xcalib.search.sequential.DOUBT", 0.0)
-    monkeypatch.setattr("xcalib.search.sequential.DAMPING", 0.1)
-    profile = search_model(model, samples, target="a:density=0.6", curves=curves, rounds=3)
-    rounds = profile.points[0].rounds
-    if rounds is None or not any(one.taken for one in rounds[0]):
-        pytest.skip("no step was taken on this machine's arithmetic")
-    space = price_space(profile, profile.points[0], curves, groups=2, bin_index=0)
-    start = np.array(profile.points[0].thresholds[0])
+def searched_again(curves: Curves, seed: int) -> Profile:
+    """A profile as if a round had been taken, to thresholds on the grid that no knapsack gives."""
+    profile = build_profile(curves, parse_targets(["a:density=0.6"]))
+    levels = np.random.default_rng(seed).integers(1, 6, size=curves.error.shape[1:3])
+    taken = SearchRound(expected=0.01, measured=0.012, others=0.013, density=0.6, taken=True)
+    thresholds = (tuple(map(tuple, curves.grid[levels].tolist())),)
+    point = profile.point().model_copy(update={"thresholds": thresholds, "rounds": ((taken,),), "bound": None})
+    return make_profile(**{**dict(profile), "points": (point,)})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_point_searched_again_is_where_a_refinement_starts(curves: Curves, seed: int) -> None:
+    profile = searched_again(curves, seed)
+    space = price_space(profile, profile.point(), curves, groups=2, bin_index=0)
+    start = np.array(profile.point().thresholds[0])
     assert np.array_equal(space.thresholds([0.0, 0.0]), start)
-    levels = np.abs(start[list(curves.layers)].reshape(-1, 1, 1) - curves.grid).argmin(-1)
+    levels = np.abs(start.reshape(-1, 1, 1) - curves.grid).argmin(-1)
     priced = space.tables.loss + space.tables.cost
     own = np.take_along_axis(priced, levels, axis=1)
     assert (own <= priced.min(axis=1, keepdims=True) + 1e-9).all()
     assert (space.tables.loss >= 0).all()
+    assert np.array_equal(plan_point(space.tables, space.target).thresholds, start)  # so small shifts move little
     cheaper, dearer = space.thresholds([1.0, -1.0]), space.thresholds([-1.0, 1.0])
     assert cheaper[0].sum() <= dearer[0].sum()
     assert not np.array_equal(cheaper, dearer)
+    for shifted in (cheaper, dearer):
+        assert space.tables.at(space.tables.cost, shifted) <= space.target.value * (1 + 1e-9)
+
+
+def test_a_point_searched_again_can_be_refined(model: Any, samples: Any, curves: Curves, random_samples: Any) -> None:
+    profile = searched_again(curves, 0)
     validation = random_samples([400, 410], seed=9)
     found = refine_point(model, profile, curves, samples, validation, trials=3, groups=2, every=3)
     assert found.trials["complete"] + found.trials["pruned"] == 3
+    assert found.profile.point().rounds == profile.point().rounds

@@ -315,7 +315,8 @@ class OperatingPoint(_Model):
 
     rounds: the steps after the first search, by length bin; None where none was tried. verified: whether the held-out figures
     meet the target by the rule of docs/search.md; False where they miss it or where there are none, None where nobody asked
-    (files written before there was the rule). refined: None where the thresholds are those that the search found.
+    (files written before there was the rule). refined: by length bin, None where the thresholds are those that the
+    search found, in a bin or in all.
     """
 
     _later = frozenset({"verified", "rounds", "refined"})
@@ -330,7 +331,7 @@ class OperatingPoint(_Model):
     bound: Bound | None = None
     verified: Annotated[bool, Field(strict=True)] | None = None
     rounds: tuple[tuple[SearchRound, ...], ...] | None = None
-    refined: Refined | None = None
+    refined: tuple[Refined | None, ...] | None = None
 
     @_model_validator(mode="after")
     def _check(self) -> "OperatingPoint":
@@ -438,6 +439,10 @@ def _point_faults(profile: Profile) -> Iterator[tuple[KeyPath, str]]:
         names.add(point.name)
         for path, text in _threshold_faults(profile, point):
             yield ("points", index, "thresholds", *path), text
+        for key, by_bin in (("rounds", point.rounds), ("refined", point.refined)):
+            if by_bin is not None and len(by_bin) != len(profile.length_bins):
+                counts = f"{len(by_bin)} length bins, the profile has {len(profile.length_bins)}"
+                yield ("points", index, key), counts
         for path, text in _length_faults(profile, point):
             yield ("points", index, *path), text
     if profile.default_point not in names:

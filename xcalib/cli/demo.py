@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from xcalib.cli import options as opt
 from xcalib.cli.environment import environment
 from xcalib.cli.output import console, evaluation_table, interval_labels, progress
 from xcalib.cli.show import render_profile
-from xcalib.collect import CollectSettings, Curves, collect
+from xcalib.collect import CollectSettings, collect
 from xcalib.collect.units import Units
 from xcalib.evaluation import Evaluation, evaluate_plans, plans_to_evaluate, uniform_at
 from xcalib.profile import Profile, save_profile
-from xcalib.search import DEFAULT_TARGETS, Tables, build_profile, judge, uniform_thresholds
+from xcalib.search import DEFAULT_TARGETS, build_profile, judge
 from xcalib.search.evidence import with_evidence
 
 __all__ = ["run_demo"]
@@ -28,8 +29,8 @@ DEMO_HELDOUT = 6
 DEMO_LENGTH = 1280
 DEMO_EVERY = 3  # held-out KL is taken at every third position
 POINT = "balanced"
-# Single taus are measured at about these multiples of the balanced density, to interpolate between.
-BRACKET = (0.93, 1.07)
+# Single taus of the published rule, whose densities enclose the balanced one on this model, to interpolate between.
+SINGLE_TAUS = (0.69, 0.8)
 
 
 def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any
         loaded.model, samples, work / "curves", settings=DEMO_SETTINGS, name="demo", resume=resume, progress=progress
     )
     profile = build_profile(curves, DEFAULT_TARGETS)
-    plans = plans_to_evaluate(loaded.model, profile, uniform=single_taus(curves, profile))
+    plans = plans_to_evaluate(loaded.model, profile, uniform=SINGLE_TAUS)
+    plans |= {name: replace(plan, order="score") for name, plan in plans.items() if name.startswith("tau=")}
     identity = {
         "plans": {k: v.record() for k, v in plans.items()},
         "data": heldout.tokens_sha256,
@@ -75,14 +77,6 @@ def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any
         "profile": {point.name: point.predicted.model_dump() for point in profile.points if point.predicted},
         "evaluation": found.to_dict(),
     }
-
-
-def single_taus(curves: Curves, profile: Profile) -> list[float]:
-    """Single taus whose predicted densities lie around the balanced point's."""
-    tables = Tables.of(curves)
-    predicted = profile.point(POINT).predicted
-    assert predicted is not None  # the search predicts every point
-    return [round(uniform_thresholds(tables, predicted.density * factor), 4) for factor in BRACKET]
 
 
 def compare(profile: Profile, found: Evaluation) -> dict[str, Any]:

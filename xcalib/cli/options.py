@@ -75,6 +75,7 @@ Rounds = Annotated[
 Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there is one, else cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")]
+FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run finished.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 

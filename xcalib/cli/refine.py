@@ -9,11 +9,12 @@ from rich import box
 from rich.table import Table
 
 from xcalib.cli import options as opt
+from xcalib.cli.by_length import bin_name
 from xcalib.cli.found import reporting_misses
 from xcalib.cli.output import console, print_json, progress, resumable
-from xcalib.collect import Curves, load_curves
-from xcalib.data import SampleSet
-from xcalib.errors import DataError
+from xcalib.collect import Curves, load_curve_sets
+from xcalib.data import SampleSet, pooled
+from xcalib.errors import CurvesError, DataError
 from xcalib.evaluation import Evaluation, evaluate_plans
 from xcalib.models.loading import LoadedModel
 from xcalib.profile import Profile, load_profile, make_profile, save_profile
@@ -90,10 +91,12 @@ def refine(
     chosen = start.point(point)
     name = model or start.model.name
     folder = opt.work_folder(name, work)
-    measured = load_curves(curves or folder / "curves")
+    measured = _curves_of(start, length_bin, curves or folder / "curves")
     loaded = opt.open_model(name, device, dtype, trust_remote_code)
     record = start.calibration
-    lengths: dict[str, Any] = {"max_length": max_length or record.max_length, "min_length": min_length}
+    every = (max_length,) if max_length else (record.lengths or (record.max_length,))
+    own = every[length_bin] if len(every) > 1 else every[0]
+    lengths: dict[str, Any] = {"max_length": own, "min_length": min_length}
     specs = data or list(record.sources)
     used = tuple(record.documents)
     # another seed than the calibration's: other windows of its documents. Validation takes its documents first, new ones.
@@ -104,8 +107,10 @@ def refine(
     heldout = None
     if heldout_samples:
         used = (*used, *chosen_documents, *sorted(refined_on.documents))
-        lengths |= {"num_samples": heldout_samples, "split": "heldout", "seed": seed}
-        heldout = opt.read_samples(specs, loaded, exclude=used, **lengths)
+        how: dict[str, Any] = {"num_samples": heldout_samples, "split": "heldout", "seed": seed, "exclude": used}
+        heldout = pooled(
+            opt.read_sets(specs, loaded, every, min_length=min_length, **how)
+        )  # of all bins: so is the target
     where = storage or _journal(folder)
     go_on = "run the same command again" if storage else "run the same command with --resume"
     with resumable(go_on, "trials"), reporting_misses(out, as_json):
@@ -121,6 +126,17 @@ def refine(
     if as_json:
         found = None if evaluation is None else evaluation.to_dict()
         print_json({"profile": str(out), **result.to_dict(), "heldout": found})
+
+
+def _curves_of(profile: Profile, length_bin: int, folder: Path) -> Curves:
+    """The curves of one length bin, from a folder with those of all bins or of this one alone."""
+    bins = len(profile.length_bins)
+    if length_bin >= bins:
+        raise typer.BadParameter(f"is {length_bin}, the profile has {bins} length bins, from 0", param_hint="--bin")
+    sets = load_curve_sets(folder)
+    if len(sets) not in (1, bins):
+        raise CurvesError(f"{folder}: has curves of {len(sets)} lengths, the profile has {bins} length bins")
+    return sets[length_bin] if len(sets) > 1 else sets[0]
 
 
 def _journal(folder: Path) -> str:
@@ -177,6 +193,8 @@ def refining(
     def adjust(profile: Profile, measured: Sequence[Curves]) -> Profile:
         for point in profile.points:
             for index, (curves, samples, judges) in enumerate(zip(measured, sets, validation, strict=True)):
+                if len(measured) > 1:
+                    console.print(f"{point.name}, {bin_name(profile.length_bins[index])}:")
                 result = refine_point(
                     loaded.model, profile, curves, samples, judges, point=point.name, trials=trials, seed=seed,
                     bin_index=index, storage=where, resume=None if resume else False, progress=progress,

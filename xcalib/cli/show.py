@@ -34,8 +34,11 @@ def render_profile(profile: Profile, console: Console, point: str | None = None)
     console.print()
     console.print(_points_table(profile))
     for listed in profile.points:
-        refined = f", refined by {listed.refined.trials} trials" if listed.refined else ""
-        searched = f"by {listed.method}, least {listed.objective}{refined}"
+        trials = [one.trials for one in listed.refined or () if one]
+        refined = f", refined by {' + '.join(map(str, trials))} trials" if trials else ""
+        tried = [one for length_bin in listed.rounds or () for one in length_bin]
+        again = f", {sum(one.taken for one in tried)} of {len(tried)} rounds taken" if tried else ""
+        searched = f"by {listed.method}, least {listed.objective}{again}{refined}"
         how = "imported" if listed.method == "imported" else searched
         console.print(Text(f"{listed.name}: {listed.target} {how}{_VERIFIED[listed.verified]}"))
     if len(profile.length_bins) > 1:

@@ -167,3 +167,21 @@ def _point_settings(pairs: list[tuple[OperatingPoint, OperatingPoint]]) -> Itera
         for key in ("target", "objective", "method", "verified"):
             if getattr(a, key) != getattr(b, key):
                 yield f"{a.name}.{key}", getattr(a, key), getattr(b, key)
+        for key, ours, theirs in (("rounds", _rounds(a), _rounds(b)), ("refined", _refined(a), _refined(b))):
+            if ours != theirs:
+                yield f"{a.name}.{key}", ours, theirs
+
+
+def _rounds(point: OperatingPoint) -> str | None:
+    """How often the point was searched again, over all length bins."""
+    if point.rounds is None:
+        return None
+    tried = [one for length_bin in point.rounds for one in length_bin]
+    return f"{sum(one.taken for one in tried)} of {len(tried)} taken"
+
+
+def _refined(point: OperatingPoint) -> str | None:
+    """By how many trials each length bin was refined."""
+    if point.refined is None:
+        return None
+    return ", ".join("not" if one is None else f"by {one.trials} trials" for one in point.refined)

@@ -100,7 +100,7 @@ class ShiftSampler(BaseSampler):
                 shifts += np.clip(along, -1, 1) * step
                 pairs += 1
         # No further than the pairs went: what is known along each direction says little about all of them at once.
-        length, measured = np.linalg.norm(shifts / self._reach), np.linalg.norm(self._steps[0] / self._reach)
+        length, measured = (float(np.linalg.norm(one / self._reach)) for one in (shifts, self._steps[0]))
         return shifts * min(1.0, measured / max(length, 1e-12)) if pairs else None
 
     def sample_independent(

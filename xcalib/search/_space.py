@@ -98,7 +98,7 @@ def price_space(profile: Profile, point: OperatingPoint, curves: Curves, *, grou
         tables = _anchored(Tables.of(curves), wanted[list(layers)])
         density = float(np.take_along_axis(tables.cost, _levels(tables, wanted[list(layers)]), axis=1).sum())
         return PriceSpace(tables, Target(point.name, "density", density), layers, wanted, of_layer)
-    target = _bounded(point)
+    target = _bounded(point, bin_index)
     for objective in get_args(Objective):  # the profile tells it in words; its thresholds tell it for certain
         try:
             tables = Tables.of(curves, objective)
@@ -140,10 +140,12 @@ def _anchored(tables: Tables, thresholds: FloatArray) -> Tables:
     return dataclasses.replace(tables, loss=loss, kl=loss)
 
 
-def _bounded(point: OperatingPoint) -> Target:
+def _bounded(point: OperatingPoint, bin_index: int) -> Target:
     target = parse_target(point.target, point.name)
     if target.kind != "drop":
         return target
     if point.predicted is None:
         raise TargetError(f"point {point.name!r} has no predicted density: search again")
-    return Target(point.name, "density", point.predicted.density)  # the density at which the search stopped
+    parts = point.predicted.by_length
+    found = parts[bin_index] if parts else point.predicted
+    return Target(point.name, "density", found.density)  # the density at which the search stopped

@@ -14,7 +14,7 @@ from xcalib.search.objectives import Objective, losses
 from xcalib.search.paper import paper_thresholds
 from xcalib.search.targets import Target
 
-__all__ = ["Planned", "SearchMethod", "Tables", "plan_point", "uniform_thresholds"]
+__all__ = ["Planned", "SearchMethod", "Tables", "all_layers", "plan_point", "uniform_thresholds"]
 
 SearchMethod = Literal["knapsack", "paper"]
 
@@ -82,6 +82,13 @@ class Tables:
     def predicted_kl(self, thresholds: np.ndarray) -> float:
         """Nats per token with all heads at their thresholds together, on new text."""
         return self.curves.joint(self.at(self.kl, thresholds))
+
+
+def all_layers(curves: Curves, thresholds: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    """Thresholds ``(measured layers, heads)`` to those of every layer; layers that stay dense get 1."""
+    full = np.ones((int(curves.model["layers"]), thresholds.shape[1]))
+    full[list(curves.layers)] = thresholds
+    return tuple(tuple(float(tau) for tau in row) for row in full)
 
 
 def uniform_thresholds(tables: Tables, density: float) -> float:

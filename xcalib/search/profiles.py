@@ -7,22 +7,19 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from xcalib.collect import CollectSettings, Curves, collect_lengths, measured_length
 from xcalib.collect.units import Units
-from xcalib.data import DEFAULT_SPECS, Sample, SampleSet, Split, length_sets, load_samples, pooled
+from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, pooled
 from xcalib.errors import TargetError
-from xcalib.evaluation import evaluate_plans, refuse_overlap
-from xcalib.models.sparse import SparsePlan
+from xcalib.evaluation import refuse_overlap
 from xcalib.profile import OperatingPoint, Profile, make_profile
 from xcalib.progress import Progress, silent
+from xcalib.search.drop import drop_meters
 from xcalib.search.evidence import add_evidence
 from xcalib.search.gate import enforce
 from xcalib.search.lengths import (
@@ -36,13 +33,13 @@ from xcalib.search.lengths import (
     worst_bound,
 )
 from xcalib.search.objectives import OBJECTIVE_NAMES, Objective, measuring
-from xcalib.search.plan import AccuracyDrop, Planned, SearchMethod, Tables, plan_point
-from xcalib.search.sequential import DEFAULT_ROUNDS, Sequential
+from xcalib.search.plan import AccuracyDrop, Planned, SearchMethod, Tables, all_layers, plan_point
+from xcalib.search.rounds import Improve, Rounds
+from xcalib.search.sequential import DEFAULT_ROUNDS
 from xcalib.search.targets import Target, parse_targets
 
 __all__ = ["DEFAULT_CALIBRATION", "CalibrationData", "build_profile", "search"]
 
-Improve = Callable[[Target, Planned], Planned]
 _PACKAGES = ("xcalib", "torch", "transformers", "numpy")
 
 
@@ -132,28 +129,27 @@ def search(
             measured = collect_lengths(
                 model, sets, root / "curves", settings=settings, name=name, resume=resume, progress=progress
             )
+        again = Rounds(rounds if method == "knapsack" else 0, sets, measured, root / "rounds")
         profile = build_profile(
             measured,
             targets,
             method=method,
             objective=objective,
             start_threshold=start_threshold,
-            accuracy_drop=_drop_meters(model, sets, measured, tokenizer, progress),
-            improve=_improvers(
-                model, sets, measured, objective, rounds if method == "knapsack" else 0, root, resume, progress
-            ),
+            accuracy_drop=drop_meters(model, sets, measured, tokenizer, progress),
+            improve=again.improvers(model, objective, progress),
         )
         if adjust is not None:
             profile = adjust(profile, measured)
-        if heldout is None:
-            return profile
-        identity = _evidence_identity(profile, heldout)
-        # a folder of its own: other targets on the same curves are no reason to refuse
-        stamp = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        units = Units(root / "heldout" / stamp, identity, resume=resume)
-        profile = add_evidence(model, profile, heldout, tokenizer=tokenizer, units=units, progress=progress)
-        enforce(profile, force=force)  # a miss leaves the measured samples where they are, for the same with force
-        shutil.rmtree(units.folder, ignore_errors=True)
+        if heldout is not None:
+            identity = _evidence_identity(profile, heldout)
+            # a folder of its own: other targets on the same curves are no reason to refuse
+            stamp = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+            units = Units(root / "heldout" / stamp, identity, resume=resume)
+            profile = add_evidence(model, profile, heldout, tokenizer=tokenizer, units=units, progress=progress)
+            enforce(profile, force=force)  # a miss leaves what was measured where it is, for the same with force
+            shutil.rmtree(units.folder, ignore_errors=True)
+        again.discard()
         return profile
 
 
@@ -254,81 +250,9 @@ def _point(
         target=str(target),
         objective=OBJECTIVE_NAMES[objective],
         method=method,
-        thresholds=tuple(_all_layers(curves, one.thresholds) for curves, one in zip(sets, planned, strict=True)),
+        thresholds=tuple(all_layers(curves, one.thresholds) for curves, one in zip(sets, planned, strict=True)),
         predicted=pooled_prediction(sets, planned),
         bound=worst_bound(planned),
         verified=False,
         rounds=tuple(one.rounds for one in planned) if any(one.rounds for one in planned) else None,
     )
-
-
-def _all_layers(curves: Curves, thresholds: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    """Thresholds ``(measured layers, heads)`` to those of every layer; layers that stay dense get 1."""
-    full = np.ones((int(curves.model["layers"]), thresholds.shape[1]))
-    full[list(curves.layers)] = thresholds
-    return tuple(tuple(float(tau) for tau in row) for row in full)
-
-
-def _improvers(
-    model: Any,
-    sets: Sequence[SampleSet],
-    measured: Sequence[Curves],
-    objective: Objective,
-    rounds: int,
-    root: Path,
-    resume: bool,
-    progress: Progress,
-) -> list[Improve] | None:
-    """For each length, what goes on from a plan by measuring with all layers sparse; None where nothing is to."""
-    same = [samples.tokens_sha256 for samples in sets] == [curves.calibration["tokens_sha256"] for curves in measured]
-    if rounds < 1 or not same:
-        return None
-
-    def improver(samples: SampleSet, curves: Curves) -> Improve:
-        identity = {"config": curves.model["config_sha256"], "data": samples.tokens_sha256}
-        settings = {key: str(value) for key, value in asdict(curves.settings).items()}
-        stamp = hashlib.sha256(json.dumps([identity, settings], sort_keys=True).encode()).hexdigest()[:16]
-        units = Units(
-            root / "rounds" / stamp, {**identity, **settings}, resume=True
-        )  # a unit's name says what it measured
-        work = Sequential(model, samples, Tables.of(curves, objective), units=units, progress=progress)
-        return lambda target, planned: work.improve(target, planned, rounds)
-
-    return [improver(samples, curves) for samples, curves in zip(sets, measured, strict=True)]
-
-
-def _drop_meters(
-    model: Any, sets: Sequence[SampleSet], measured: Sequence[Curves], tokenizer: Any, progress: Progress
-) -> list[AccuracyDrop | None]:
-    """A meter for each length, or none at all where the samples are not those that the curves were measured on."""
-    if len(sets) != len(measured):
-        return [None] * len(measured)
-    pairs = zip(sets, measured, strict=True)
-    return [_drop_meter(model, samples, curves, tokenizer, progress) for samples, curves in pairs]
-
-
-def _drop_meter(
-    model: Any, samples: SampleSet, curves: Curves, tokenizer: Any, progress: Progress
-) -> AccuracyDrop | None:
-    """Measures by how much accuracy falls on the calibration samples that have answers; None without any."""
-    asking: tuple[Sample, ...] = tuple(sample for sample in samples.samples if sample.answers)
-    if not asking or tokenizer is None:
-        return None
-
-    def measure(candidates: list[np.ndarray]) -> list[float]:
-        settings = curves.settings
-        method = (settings.stride, settings.block_size, settings.pattern, ((0, None),))
-        plans = {
-            str(number): SparsePlan(*method, torch.tensor(_all_layers(curves, taus))[None], order=settings.order)
-            for number, taus in enumerate(candidates)
-        }
-        data = SampleSet(samples=asking, dropped={}, specs=samples.specs, split=samples.split, seed=samples.seed)
-        found = evaluate_plans(model, data, plans, tokenizer=tokenizer, progress=progress)
-        dense = found.dense.accuracy
-        if not dense:
-            raise TargetError(
-                "the dense model answers none of the calibration questions: a drop of accuracy means nothing here"
-            )
-        return [1 - (plan.accuracy or 0.0) / dense for plan in found.plans]
-
-    return measure

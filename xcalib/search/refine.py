@@ -172,7 +172,8 @@ def _identity(
         "point": point.name,
         "target": point.target,
         "model": f"{profile.model.name} {profile.model.config_sha256[:12]}",
-        "method": f"stride {profile.method.stride}, block {profile.method.block_size}, {profile.method.pattern}",
+        "method": f"stride {profile.method.stride}, block {profile.method.block_size}, {profile.method.pattern}, "
+        f"order {profile.method.order}",
         "thresholds": _digest([list(row) for row in point.thresholds[bin_index]]),
         "length bin": bin_index,
         "curves": read.hexdigest()[:12],
@@ -260,13 +261,15 @@ def _refined_profile(
     )
     thresholds = list(point.thresholds)
     thresholds[record.bin_index] = tuple(tuple(row) for row in best.thresholds.tolist())
+    by_bin = list(point.refined or [None] * len(thresholds))
+    by_bin[record.bin_index] = refined
     update = {
         "thresholds": tuple(thresholds),
-        "predicted": _predicted(point.predicted, found),
+        "predicted": _predicted(profile, point.predicted, found, record.bin_index),
         "bound": None,  # it was of the choice that the search took
         "heldout": None,
         "verified": False,
-        "refined": refined,
+        "refined": tuple(by_bin),
     }
     points = tuple(p.model_copy(update=update) if p.name == point.name else p for p in profile.points)
     new = (record.samples.documents | record.validation.documents) - set(profile.calibration.documents)
@@ -277,9 +280,25 @@ def _refined_profile(
     return make_profile(**{**dict(profile), "points": points, "calibration": calibration, "versions": versions})
 
 
-def _predicted(predicted: Prediction | None, found: Comparison) -> Prediction | None:
-    """What the search expected, changed as much as the validation samples did."""
+def _predicted(profile: Profile, predicted: Prediction | None, found: Comparison, index: int) -> Prediction | None:
+    """What the search expected, changed as much as the validation samples did in the bin that was refined.
+
+    The mean over several bins moves by that bin's share: each was searched on as many samples, and a sample weighs by its tokens
+    in the KL and by its blocks in the density.
+    """
     if predicted is None:
         return None
+    lengths = profile.calibration.lengths or (profile.length_bins[0].min_length,) * len(profile.length_bins)
+    blocks = [length * (length + profile.method.block_size) for length in lengths]
+    parts = list(predicted.by_length or ())
+    old = parts[index] if parts else predicted
     kl, density = (after / before if before > 0 else 1.0 for before, after in (found.kl, found.density))
-    return Prediction(density=min(predicted.density * density, 1.0), kl=predicted.kl * kl)
+    new = {"density": min(old.density * density, 1.0), "kl": old.kl * kl}
+    if parts:
+        parts[index] = parts[index].model_copy(update=new)
+    moved = (new["density"] - old.density) * blocks[index] / sum(blocks)
+    return Prediction(
+        density=min(predicted.density + moved, 1.0),
+        kl=predicted.kl + (new["kl"] - old.kl) * lengths[index] / sum(lengths),
+        by_length=tuple(parts) or None,
+    )

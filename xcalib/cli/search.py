@@ -1,0 +1,162 @@
+"""``xcalib search``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xcalib.cli import options as opt
+from xcalib.cli.found import reporting_misses, write_profile
+from xcalib.cli.output import console, progress, resumable
+from xcalib.cli.refine import refining
+from xcalib.collect import Curves, load_curve_sets
+from xcalib.data import SampleSet, pooled
+from xcalib.errors import ModelError
+from xcalib.models.structure import describe_model
+from xcalib.search import DEFAULT_ROUNDS, Objective, SearchMethod, build_profile, parse_targets, require_measured
+from xcalib.search import search as search_model
+from xcalib.search.rounds import are_measured_on
+
+__all__ = ["search"]
+
+
+def search(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help=opt.MODEL_HELP + " May be left out with --curves.")
+    ] = None,
+    out: opt.FileOut = Path("profile.yaml"),
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="[NAME:]KIND=VALUE",
+            help="density=0.25, kl=0.01, drop=1% (task accuracy) or speedup=4. One unnamed target is the point 'balanced', with "
+            "'fidelity' and 'fast' around it; several get the names given.",
+        ),
+    ] = None,
+    data: opt.Data = None,
+    heldout_data: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Held-out data; default: other documents of --data.")
+    ] = None,
+    num_samples: opt.NumSamples = 8,
+    heldout_samples: Annotated[int, typer.Option(min=0, help="Held-out samples; 0 leaves the evidence out.")] = 6,
+    max_length: opt.MaxLength = None,
+    lengths: opt.Lengths = None,
+    min_length: opt.MinLength = None,
+    seed: opt.Seed = 0,
+    method: Annotated[SearchMethod, typer.Option(help="paper is the published recurrence.")] = "knapsack",
+    objective: Annotated[
+        Objective,
+        typer.Option(
+            help="gain: layer gain x output error; tempered: that to the power of 0.75; plain: output error; fisher: "
+            "Fisher-weighted output error; mass: attention mass left out."
+        ),
+    ] = "tempered",
+    start_threshold: Annotated[float, typer.Option(min=0.01, max=1, help="Of --method paper.")] = 0.9,
+    stride: opt.Stride = 16,
+    block_size: opt.BlockSize = 128,
+    pattern: opt.Pattern = "antidiagonal",
+    order: opt.Order = "recent",
+    gain_samples: opt.GainSamples = 2,
+    rounds: opt.Rounds = DEFAULT_ROUNDS,
+    curves: Annotated[Path | None, typer.Option(help="Use the curves of this folder instead of measuring.")] = None,
+    refine_trials: Annotated[
+        int,
+        typer.Option(
+            "--refine", metavar="N", min=0, help="Refine every point end to end with N trials (docs/refine.md)."
+        ),
+    ] = 0,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
+    ] = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.RemoteCode = False,
+    resume: opt.Resume = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it exists.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Write the profile although a target is missed on held-out data, marked unverified."
+        ),
+    ] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure MODEL, find the thresholds of every head, and write a profile with held-out evidence.
+
+    Exit code 3, and no file, when held-out data say that a target is missed; 2 for bad input.
+    """
+    targets = parse_targets(target or [])
+    opt.check_output(out, overwrite)
+    tokens = opt.chosen_lengths(lengths, max_length, min_length)
+    measured = load_curve_sets(curves) if curves else None
+    if measured is not None:
+        tokens = opt.lengths_of_curves(measured, tokens, given=bool(lengths or max_length))
+        for one in measured:  # before the model is loaded
+            require_measured(one, objective)
+    chosen: dict[str, Any] = {"method": method, "objective": objective, "start_threshold": start_threshold}
+    if model is None:
+        if measured is None:
+            raise typer.BadParameter("give MODEL, or --curves FOLDER", param_hint="MODEL")
+        if refine_trials:
+            raise typer.BadParameter("needs MODEL: trials run it", param_hint="--refine")
+        _say_without_rounds(rounds, method, measured, ())
+        profile = build_profile(measured, targets, **chosen)
+    else:
+        settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
+        loaded = opt.open_model(model, device, dtype, trust_remote_code)
+        if measured is not None:
+            _same_model(measured[0].model, loaded)
+        how: dict[str, Any] = {"min_length": min_length, "seed": seed}
+        samples = opt.read_sets(data, loaded, tokens, num_samples=num_samples, split="calibration", **how)
+        if measured is not None:
+            _say_without_rounds(rounds, method, measured, samples)
+        used = [one.calibration["documents"] for one in measured] if measured else [pooled(samples).documents]
+        exclude = tuple(sorted(set().union(*used)))
+        folder = opt.work_folder(model, work)
+        adjust, heldout = None, None
+        if refine_trials:
+            adjust, exclude = refining(
+                loaded,
+                data,
+                samples,
+                exclude,
+                trials=refine_trials,
+                folder=folder,
+                resume=resume,
+                lengths=tokens,
+                **how,
+            )
+        if heldout_samples:
+            how["exclude"] = exclude
+            heldout = pooled(
+                opt.read_sets(heldout_data or data, loaded, tokens, num_samples=heldout_samples, split="heldout", **how)
+            )
+        with resumable("run the same command with --resume"), reporting_misses(out, as_json):
+            profile = search_model(
+                loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
+                rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
+                progress=progress,
+                **chosen,
+            )  # fmt: skip
+    write_profile(profile, out, as_json)
+
+
+def _same_model(identity: dict[str, Any], loaded: Any) -> None:
+    found = describe_model(loaded.model, loaded.name).config_sha256
+    if found != identity.get("config_sha256"):
+        raise ModelError(
+            f"the curves are of {identity.get('name')!r} ({identity.get('model_type')}), not of {loaded.name!r}"
+        )
+
+
+def _say_without_rounds(
+    rounds: int, method: SearchMethod, measured: Sequence[Curves], sets: Sequence[SampleSet]
+) -> None:
+    """Rounds are asked for by default: say so where they are left out."""
+    if not rounds or method != "knapsack" or (sets and are_measured_on(measured, sets)):
+        return
+    why = "these samples are not those of the curves" if sets else "they run MODEL"
+    console.print(f"no rounds after the first search: {why}", markup=False, soft_wrap=True)
