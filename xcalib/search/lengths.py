@@ -76,7 +76,7 @@ def refuse_unreachable(targets: Sequence[Target], sets: Sequence[SampleSet], blo
         # Of the n (n + 1) / 2 blocks that causality allows, the sink and each row's own are always kept.
         least = float((2 * blocks - 1).sum() / (blocks * (blocks + 1) / 2).sum())
         for target in targets:
-            if target.kind not in ("density", "speedup"):
+            if target.kind not in ("density", "speedup") or target.offered:
                 continue
             if (target.value if target.kind == "density" else 1 / target.value) < least:
                 others = ", or a kl target, which every length can meet" if len(sets) > 1 else ""

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -15,7 +16,7 @@ from typing import Any
 from xcalib.collect import CollectSettings, Curves, collect_lengths, measured_length
 from xcalib.collect.units import Units
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, pooled
-from xcalib.errors import TargetError
+from xcalib.errors import TargetError, XcalibWarning
 from xcalib.evaluation import refuse_overlap
 from xcalib.profile import OperatingPoint, Profile, make_profile
 from xcalib.progress import Progress, silent
@@ -213,21 +214,28 @@ def build_profile(
     (docs/lengths.md). ``accuracy_drop`` and ``improve``, which goes on from what the curves give, then have one entry for each.
 
     Raises:
-        TargetError: a target cannot be reached, at one of the lengths.
+        TargetError: a target that was asked for cannot be reached, at one of the lengths; points offered beside it are left out
+            with a warning.
         CurvesError: curves of several lengths are not of one model and one measurement.
     """
     sets = as_sets(curves)
     drops = accuracy_drop if isinstance(accuracy_drop, Sequence) else [accuracy_drop] * len(sets)
     tables = [Tables.of(one, objective) for one in sets]
-    points = []
-    for target in targets:
+    found: dict[str, OperatingPoint] = {}
+    for target in sorted(targets, key=lambda target: target.offered):  # what was asked for fails first
         planned = []
-        for index, (table, drop) in enumerate(zip(tables, drops, strict=True)):
-            with at_length(table.curves, target, len(sets)):
-                plan = plan_point(table, target, method=method, start_threshold=start_threshold, accuracy_drop=drop)
-                planned.append(improve[index](target, plan) if improve else plan)
-        points.append(_point(sets, target, planned, method, objective))
-    names = [target.name for target in targets]
+        try:
+            for index, (table, drop) in enumerate(zip(tables, drops, strict=True)):
+                with at_length(table.curves, target, len(sets)):
+                    plan = plan_point(table, target, method=method, start_threshold=start_threshold, accuracy_drop=drop)
+                    planned.append(improve[index](target, plan) if improve else plan)
+        except TargetError as error:
+            if not target.offered:
+                raise
+            warnings.warn(f"point {target.name!r} is left out: {error}", XcalibWarning, stacklevel=2)
+            continue
+        found[target.name] = _point(sets, target, planned, method, objective)
+    points = tuple(found[target.name] for target in targets if target.name in found)
     settings, model = sets[0].settings, sets[0].model
     somewhere = {layer for one in sets for layer in one.layers}
     return make_profile(
@@ -235,8 +243,8 @@ def build_profile(
         model=model,
         dense_layers=tuple(layer for layer in range(int(model["layers"])) if layer not in somewhere),
         length_bins=length_bins(sets),
-        points=tuple(points),
-        default_point="balanced" if "balanced" in names else names[0],
+        points=points,
+        default_point="balanced" if "balanced" in found else points[0].name,
         calibration=pooled_calibration(sets),
         versions={package: metadata.version(package) for package in _PACKAGES} | {"python": platform.python_version()},
     )

@@ -28,29 +28,32 @@ class Target:
         name: of the operating point.
         kind: what is bounded.
         value: density as a share, KL in nats per token, accuracy drop as a share of the dense accuracy, speed-up as a factor.
+        offered: nobody asked for it: it is left out, with a warning, where it cannot be reached.
     """
 
     name: str
     kind: Kind
     value: float
+    offered: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind}={self.value:g}"
 
     def scaled(self, name: str, factor: float) -> "Target":
-        """A target ``factor`` times as generous in blocks (below 1: faster, further from dense)."""
+        """A target ``factor`` times as generous in blocks (below 1: faster, further from dense), which nobody asked for."""
         if self.kind == "density":
-            return Target(name, self.kind, min(1.0, self.value * factor))
+            return Target(name, self.kind, min(1.0, self.value * factor), offered=True)
         if self.kind == "speedup":
-            return Target(name, self.kind, max(1.0, self.value / factor))
+            return Target(name, self.kind, max(1.0, self.value / factor), offered=True)
         # Errors fall about as the fourth power of the blocks between the densities that are of use.
-        return Target(name, self.kind, min(self.value / factor**4, 1.0 if self.kind == "drop" else math.inf))
+        most = 1.0 if self.kind == "drop" else math.inf
+        return Target(name, self.kind, min(self.value / factor**4, most), offered=True)
 
 
 DEFAULT_TARGETS = (
     Target("fidelity", "density", 0.45),
     Target("balanced", "density", 0.33),
-    Target("fast", "density", 0.22),
+    Target("fast", "density", 0.22, offered=True),
 )
 SPREAD = {"fidelity": 1.5, "fast": 2 / 3}
 
