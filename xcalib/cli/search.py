@@ -102,8 +102,8 @@ def search(
             raise typer.BadParameter("give MODEL, or --curves FOLDER", param_hint="MODEL")
         if refine_trials:
             raise typer.BadParameter("needs MODEL: trials run it", param_hint="--refine")
-        _say_without_rounds(rounds, method, measured, ())
         profile = build_profile(measured, targets, **chosen)
+        _say_without_rounds(rounds, method, measured, ())
     else:
         settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
         loaded = opt.open_model(model, device, dtype, trust_remote_code)
@@ -111,8 +111,6 @@ def search(
             _same_model(measured[0].model, loaded)
         how: dict[str, Any] = {"min_length": min_length, "seed": seed}
         samples = opt.read_sets(data, loaded, tokens, num_samples=num_samples, split="calibration", **how)
-        if measured is not None:
-            _say_without_rounds(rounds, method, measured, samples)
         used = [one.calibration["documents"] for one in measured] if measured else [pooled(samples).documents]
         exclude = tuple(sorted(set().union(*used)))
         folder = opt.work_folder(model, work)
@@ -138,9 +136,10 @@ def search(
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
                 rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
-                progress=progress,
-                **chosen,
+                progress=progress, **chosen,
             )  # fmt: skip
+        if measured is not None:
+            _say_without_rounds(rounds, method, measured, samples)
     write_profile(profile, out, as_json)
 
 
