@@ -37,10 +37,12 @@ TAUS = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.74, 0.78, 0.82, 0.86, 0.9, 0.94, 0.97, 
 EVERY = 5
 
 
-def profiles(model: Any, samples: SampleSet, curves: Curves, order: str, rounds: int) -> dict[str, Profile]:
+def profiles(
+    model: Any, samples: SampleSet, curves: Curves, order: str, objectives: list[str], rounds: int
+) -> dict[str, Profile]:
     """One profile with a point at the target for each objective, by name."""
     targets = parse_targets([TARGET])
-    found = {f"{order}, {name}": build_profile(curves, targets, objective=name) for name in OBJECTIVES}
+    found = {f"{order}, {name}": build_profile(curves, targets, objective=name) for name in objectives}
     found[f"{order}, published recurrence"] = build_profile(curves, targets, method="paper", objective="plain")
     work = Sequential(model, samples, Tables.of(curves))
     found[f"{order}, tempered, rounds"] = build_profile(
@@ -65,21 +67,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     plans: dict[str, SparsePlan] = {}
     predicted: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    for order in ORDERS:
+    objectives = options.objectives.split(",")
+    measures = tuple(name for name in ("fisher", "mass") if name in objectives)
+    for order in options.orders.split(","):
         settings = CollectSettings(
             stride=16,
             block_size=options.block_size,
             gain_samples=4,
             gain_every=EVERY,
             order=order,
-            measures=("fisher", "mass"),
+            measures=measures,
         )
         with tempfile.TemporaryDirectory() as folder:
             start = time.monotonic()
             curves = collect(loaded.model, samples, Path(folder) / "curves", settings=settings, name=options.model)
             seconds[f"collect, {order}"] = time.monotonic() - start
         start = time.monotonic()
-        for name, profile in profiles(loaded.model, samples, curves, order, options.rounds).items():
+        for name, profile in profiles(loaded.model, samples, curves, order, objectives, options.rounds).items():
             point = profile.point("balanced")
             plans[name] = sparse_plan(profile, "balanced")
             assert point.predicted is not None  # every search predicts
@@ -87,10 +91,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 "rounds": [[one.model_dump() for one in part] for part in point.rounds or ()]
             }
         seconds[f"search, {order}"] = time.monotonic() - start
-        shape = plans[f"{order}, plain"].thresholds
-        for tau in TAUS:
-            plan = dataclasses.replace(plans[f"{order}, plain"], thresholds=torch.full_like(shape, tau))
-            plans[f"{order}, tau={tau}"] = plan
+    one = next(iter(plans.values()))
+    for order in ORDERS:
+        for tau in (float(tau) for tau in options.taus.split(",")):
+            taus = torch.full_like(one.thresholds, tau)
+            plans[f"{order}, tau={tau}"] = dataclasses.replace(one, thresholds=taus, order=order)
     found = evaluate_plans(loaded.model, heldout, plans, tokenizer=loaded.tokenizer, every=EVERY)
     return {
         "command": " ".join(["python", "objectives.py", *sys.argv[1:]]),
@@ -198,6 +203,9 @@ def main() -> None:
     one.add_argument("--block-size", type=int, default=64)
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--dtype", default="float32")
+    one.add_argument("--orders", default=",".join(ORDERS), help="of preference, that are searched in")
+    one.add_argument("--objectives", default=",".join(OBJECTIVES))
+    one.add_argument("--taus", default=",".join(map(str, TAUS)), help="single taus, measured in both orders")
     one.add_argument("--weights", type=Path, help="the GGUF file of the model 'demo'")
     one.add_argument("--out", type=Path, required=True)
     parts.add_parser("table").add_argument("files", type=Path, nargs="+")
