@@ -17,6 +17,7 @@ from xcalib.cli import main
 from xcalib.collect import load_curves
 from xcalib.collect.curves import save_curves
 from xcalib.collect.measure import Sweeper
+from xcalib.collect.slopes import SlopeMeter
 from xcalib.models.logits import LogitHead
 from xcalib.profile import load_profile, make_profile, save_profile
 
@@ -570,8 +571,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, after: in
 
 @pytest.mark.parametrize(
     ("owner", "name", "after"),
-    [(Sweeper, "measure", 1), (LogitHead, "prefill", 2), (LogitHead, "compare", 0)],
-    ids=["samples", "gains", "evidence"],
+    [(Sweeper, "measure", 1), (LogitHead, "prefill", 2), (SlopeMeter, "measure", 1), (LogitHead, "compare", 0)],
+    ids=["samples", "gains", "rounds", "evidence"],
 )
 def test_interrupt_and_resume(
     finished: tuple[Path, Result],

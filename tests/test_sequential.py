@@ -16,6 +16,7 @@ from xcalib.collect import CollectSettings, Curves, collect
 from xcalib.collect.gains import GainMeter
 from xcalib.collect.slopes import SlopeMeter
 from xcalib.collect.units import Units
+from xcalib.errors import TargetError
 from xcalib.kernels import block_sparse_attention, estimate_blocks
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.reference import block_levels
@@ -286,6 +287,11 @@ def test_search_records_rounds(model: Any, samples: Any, curves: Curves, monkeyp
     assert plain.points[0].rounds is None
     assert "rounds" not in json.loads(plain.model_dump_json())["points"][0]
     assert plain == build_profile(curves, parse_targets(["a:density=0.6"]))
+
+
+def test_fewer_than_no_rounds(model: Any, samples: Any) -> None:
+    with pytest.raises(TargetError, match="rounds is -1, expected at least 0"):
+        search_model(model, samples, rounds=-1)
 
 
 def test_other_samples_than_the_curves_give_no_rounds(model: Any, random_samples: Any, curves: Curves) -> None:

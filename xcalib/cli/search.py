@@ -103,7 +103,7 @@ def search(
         if refine_trials:
             raise typer.BadParameter("needs MODEL: trials run it", param_hint="--refine")
         profile = build_profile(measured, targets, **chosen)
-        _say_without_rounds(rounds, method, measured, ())
+        _say_without_rounds(rounds, method, measured, ())  # bad input gives its own line only
     else:
         settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
         loaded = opt.open_model(model, device, dtype, trust_remote_code)

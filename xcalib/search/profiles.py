@@ -116,6 +116,8 @@ def search(
         XcalibError: what is wrong, where, and what to do, in one line.
     """
     targets = parse_targets([target] if isinstance(target, str) else list(target))
+    if rounds < 0:
+        raise TargetError(f"rounds is {rounds}, expected at least 0")
     measured = None if curves is None else as_sets(curves)
     if measured is not None and len(measured) > 1 and not amount.lengths:
         amount = replace(amount, lengths=tuple(measured_length(one) for one in measured))
