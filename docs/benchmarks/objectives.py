@@ -149,8 +149,8 @@ def _single(measured: dict[str, Any], order: str) -> tuple[np.ndarray, np.ndarra
     return density, np.minimum.accumulate(np.log(np.maximum(kl, 1e-12)))
 
 
-def table(files: list[Path]) -> str:
-    """Markdown: for each model the mean over seeds and every seed's ratio."""
+def table(files: list[Path], only: str) -> str:
+    """Markdown: for each model the mean over seeds and every seed's ratio; of rows whose names begin with ``only``."""
     records = [json.loads(path.read_text()) for path in files]
     parts = []
     for model in dict.fromkeys(record["model"] for record in records):
@@ -163,7 +163,8 @@ def table(files: list[Path]) -> str:
             "in the same order | predicted / measured KL | accuracy |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        names = sorted(own[0]["rows"], key=lambda name: np.mean([record["rows"][name]["kl"] for record in own]))
+        names = [name for name in own[0]["rows"] if name.startswith(only)]
+        names.sort(key=lambda name: np.mean([record["rows"][name]["kl"] for record in own]))
         for name in names:
             each = [record["rows"][name] for record in own]
             order = name.partition(",")[0]
@@ -208,10 +209,12 @@ def main() -> None:
     one.add_argument("--taus", default=",".join(map(str, TAUS)), help="single taus, measured in both orders")
     one.add_argument("--weights", type=Path, help="the GGUF file of the model 'demo'")
     one.add_argument("--out", type=Path, required=True)
-    parts.add_parser("table").add_argument("files", type=Path, nargs="+")
+    tables = parts.add_parser("table")
+    tables.add_argument("files", type=Path, nargs="+")
+    tables.add_argument("--only", default="", help="rows whose names begin so, as 'score,'")
     options = parser.parse_args()
     if options.do == "table":
-        sys.stdout.write(table(options.files))
+        sys.stdout.write(table(options.files, options.only))
         return
     with tempfile.TemporaryDirectory() as folder:
         if options.weights is not None:
