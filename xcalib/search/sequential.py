@@ -79,6 +79,7 @@ class Sequential:
         self._curves = tables.curves
         self._units = units
         self._progress = progress
+        self._point = ""  # what is said to be worked on
         self._dense: dict[int, torch.Tensor] = {}
 
     def improve(self, target: Target, planned: Planned, rounds: int = DEFAULT_ROUNDS) -> Planned:
@@ -95,6 +96,7 @@ class Sequential:
         """
         if target.kind == "drop" or rounds < 1:
             return planned
+        self._point = target.name
         levels = self._levels_of(planned.thresholds)
         state = _State(levels, self._cost(levels), self._kl("as found", [levels] * self._count))
         optimism = planned.kl / max(state.kl.mean(), 1e-12)  # the curves' prediction is cross-validated
@@ -196,18 +198,17 @@ class Sequential:
         return [steps[fold] for fold in folds]
 
     def _is_better(self, target: Target, state: _State, new: _State, others: FloatArray, optimism: float) -> bool:
-        """Whether samples that had no say confirm the step: a lower KL, or fewer blocks at the KL that was asked for."""
-        if target.kind != "kl":
-            return bool(others.mean() < state.kl.mean())
-        allowed = TOLERANCE * target.value / max(optimism, 1e-12)
+        """Whether the step lowers the KL, or saves blocks at the KL that was asked for, also where samples had no say in it."""
+        worse = max(new.kl.mean(), others.mean())
+        allowed = TOLERANCE * target.value / max(optimism, 1e-12) if target.kind == "kl" else 0.0
         if state.kl.mean() > allowed:
-            return bool(others.mean() < state.kl.mean())
-        return bool(others.mean() <= allowed and new.cost < state.cost)
+            return bool(worse < state.kl.mean())
+        return bool(worse <= allowed and new.cost < state.cost)
 
     def _slopes(self, levels: IntArray) -> FloatArray:
         """fp64 ``(samples, layers, heads, levels)``."""
         found = []
-        with self._progress("Measuring what heads do to each other", self._count) as advance:
+        with self._progress(f"{self._point}: measuring what heads do to each other", self._count) as advance:
             for index in range(self._count):
                 unit = self._load(f"slopes-{_name(levels)}-{index:05d}")
                 if unit is None:
@@ -220,7 +221,7 @@ class Sequential:
     def _kl(self, what: str, levels: Sequence[IntArray]) -> FloatArray:
         """Every sample's mean KL at levels of its own, fp64 ``(samples,)``."""
         found = []
-        with self._progress(f"Measuring the KL {what}", self._count) as advance:
+        with self._progress(f"{self._point}: measuring the KL {what}", self._count) as advance:
             for index, own in enumerate(levels):
                 unit = self._load(f"kl-{_name(own)}-{index:05d}")
                 if unit is None:
