@@ -103,7 +103,6 @@ def search(
         if refine_trials:
             raise typer.BadParameter("needs MODEL: trials run it", param_hint="--refine")
         profile = build_profile(measured, targets, **chosen)
-        _say_without_rounds(rounds, method, measured, ())  # bad input gives its own line only
     else:
         settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
         loaded = opt.open_model(model, device, dtype, trust_remote_code)
@@ -141,6 +140,8 @@ def search(
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)
     write_profile(profile, out, as_json)
+    if model is None and measured is not None:
+        _say_without_rounds(rounds, method, measured, ())  # at the end: what goes wrong gives one line, its own
 
 
 def _same_model(identity: dict[str, Any], loaded: Any) -> None:
