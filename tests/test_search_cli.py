@@ -46,7 +46,7 @@ def searched(here: Path, run: Run) -> Path:
         assert code == 0, err
         assert json.loads(out)["profile"] == "good.yaml"
         for length in (256, 512):
-            assert f"{length} tokens: Measuring what heads do to each other" in err
+            assert f"{length} tokens: a: measuring what heads do to each other" in err
         for keys in ("192 to 362 keys", "363 to 512 keys"):
             assert f"a, {keys}:\n" in err
         assert err.count("trials: 2 complete, 0 pruned, 0 failed") == 2
