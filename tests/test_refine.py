@@ -27,7 +27,9 @@ from xcalib.search._judge import Aim
 from xcalib.search._meter import Figures, Meter
 from xcalib.search._space import price_space
 
-SETTINGS = CollectSettings(stride=8, block_size=64, grid=(0.0, 0.4, 0.55, 0.65, 0.75, 0.85, 0.95, 1.0), gain_samples=1)
+SETTINGS = CollectSettings(
+    stride=8, block_size=64, grid=(0.0, 0.4, 0.55, 0.65, 0.75, 0.85, 0.95, 1.0), gain_samples=1, order="score"
+)
 REFINEMENT, VALIDATION = 300, 310  # tokens of a sample: how the fake measurements below tell the two sets apart
 
 
@@ -352,7 +354,19 @@ def test_other_points_and_curves_are_refused(job: Job) -> None:
 # --- the commands
 
 DATA = ["--data", "builtin", "--max-length", "320", "--device", "cpu"]
-SEARCH = [*DATA, "--num-samples", "2", "--gain-samples", "1", "--block-size", "64", "--heldout-samples", "2"]
+SEARCH = [
+    "--order",
+    "score",
+    *DATA,
+    "--num-samples",
+    "2",
+    "--gain-samples",
+    "1",
+    "--block-size",
+    "64",
+    "--heldout-samples",
+    "2",
+]
 REFINE = [*DATA, "--samples", "2", "--validation-samples", "2", "--heldout-samples", "2", "--trials", "3"]
 
 
