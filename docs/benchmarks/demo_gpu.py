@@ -92,7 +92,7 @@ def give_weights(weights: Path, folder: Path) -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="JSON file to write")
-    parser.add_argument("--seeds", default="0", help="with commas between; the CPU's figures are of 0 and 1")
+    parser.add_argument("--seeds", default="0", help="with commas between; the CPU's figures are of 0, 1 and 2")
     parser.add_argument("--dtypes", default="auto,float32", help="with commas between")
     parser.add_argument("--weights", type=Path, default=os.environ.get("XCALIB_DEMO_WEIGHTS"), help="the GGUF file")
     options = parser.parse_args()
