@@ -4,7 +4,7 @@ Attention is computed a chunk of queries at a time and computed again in the bac
 what is kept between the passes grows with length x hidden size x layers, and with nothing else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from xcalib.models.structure import attention_layers
 
-__all__ = ["differentiable", "masked_attention"]
+__all__ = ["differentiable", "gradient_by_chunks", "masked_attention"]
 
 ROWS = 512  # queries of one chunk; every block size divides it
+POSITIONS = 256  # whose logits exist at a time
 
 
 def masked_attention(
@@ -78,6 +79,28 @@ def _chunk(
     return functional.scaled_dot_product_attention(
         query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), attn_mask=allowed, scale=scale
     )
+
+
+def gradient_by_chunks(
+    hidden: torch.Tensor, loss: Callable[[torch.Tensor, slice], torch.Tensor]
+) -> tuple[float, torch.Tensor]:
+    """A sum over positions and its gradient, with the logits of a few positions at a time.
+
+    Args:
+        hidden: last hidden states ``(positions, hidden)``, detached.
+        loss: a chunk of them, and which rows it is, to its part of the sum.
+
+    Returns:
+        (the sum, its gradient with respect to ``hidden``).
+    """
+    total, gradients = 0.0, []
+    for start in range(0, len(hidden), POSITIONS):
+        rows = slice(start, start + POSITIONS)
+        chunk = hidden[rows].clone().requires_grad_(True)
+        part = loss(chunk, rows)
+        gradients.append(torch.autograd.grad(part, chunk)[0])
+        total += float(part.detach())
+    return total, torch.cat(gradients)
 
 
 @contextmanager

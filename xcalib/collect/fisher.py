@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from xcalib.collect.backward import differentiable, masked_attention
+from xcalib.collect.backward import differentiable, gradient_by_chunks, masked_attention
 from xcalib.collect.curves import CollectSettings
 from xcalib.collect.measure import each_layer, sweep_call
 from xcalib.errors import ModelError
@@ -28,8 +28,6 @@ from xcalib.models.logits import LogitHead, sampled_positions
 from xcalib.models.structure import decoder_of
 
 __all__ = ["FisherMeter", "square_roots"]
-
-POSITIONS = 256  # whose logits exist at a time
 
 
 class FisherMeter:
@@ -92,14 +90,14 @@ class FisherMeter:
 
     def _score_gradient(self, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Gradient of the sum of log p(y) by hidden states ``(positions, hidden)``; one y is drawn at each position."""
-        parts = []
-        for start in range(0, len(hidden), POSITIONS):
-            rows = hidden[start : start + POSITIONS].clone().requires_grad_(True)
-            log_probability = functional.log_softmax(self._head.logits(rows), dim=-1)  # (n, vocabulary)
+
+        def part(chunk: torch.Tensor, _rows: slice) -> torch.Tensor:
+            log_probability = functional.log_softmax(self._head.logits(chunk), dim=-1)  # (n, vocabulary)
             probability = log_probability.detach().exp().cpu()  # drawn on the CPU: the same on every device
-            drawn = torch.multinomial(probability, 1, generator=generator).to(rows.device)
-            parts.append(torch.autograd.grad(log_probability.gather(-1, drawn).sum(), rows)[0])
-        return torch.cat(parts)
+            drawn = torch.multinomial(probability, 1, generator=generator).to(chunk.device)
+            return log_probability.gather(-1, drawn).sum()
+
+        return gradient_by_chunks(hidden, part)[1]
 
     def errors(
         self,

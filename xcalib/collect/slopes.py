@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from xcalib.collect.backward import differentiable, masked_attention
+from xcalib.collect.backward import differentiable, gradient_by_chunks, masked_attention
 from xcalib.collect.curves import CollectSettings
 from xcalib.kernels import estimate_blocks
 from xcalib.kernels.geometry import Geometry
@@ -15,10 +15,9 @@ from xcalib.kernels.reference import block_levels
 from xcalib.kernels.slopes import sweep_slopes
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.logits import LogitHead, sampled_positions
+from xcalib.models.structure import decoder_of
 
 __all__ = ["SlopeMeter", "Slopes"]
-
-POSITIONS = 256  # of logits at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +42,6 @@ class SlopeMeter:
         self._settings = settings
         self._rows = {layer: row for row, layer in enumerate(layers)}
         self._head = LogitHead(model)
-        self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
     def measure(self, tokens: torch.Tensor, levels: np.ndarray, dense: torch.Tensor) -> Slopes:
         """Run a sample with every head at its level.
@@ -62,7 +60,7 @@ class SlopeMeter:
             return self._attend(call, torch.as_tensor(levels[row], device=call.query.device), found)
 
         with patch_attention(self._model, compute, gradients=True), differentiable(self._model):
-            hidden = self._decoder(input_ids=tokens[None], use_cache=False)[0][0]
+            hidden = decoder_of(self._model)(input_ids=tokens[None], use_cache=False)[0][0]
             compared = hidden[sampled_positions(self._settings.gain_every)]  # (positions, hidden)
             kl, gradient = self._kl_gradient(dense, compared.detach())
             compared.backward(gradient)
@@ -94,14 +92,11 @@ class SlopeMeter:
 
     def _kl_gradient(self, dense: torch.Tensor, hidden: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Mean KL over positions, and its gradient with respect to ``hidden`` ``(positions, hidden)``."""
-        total, gradients = 0.0, []
-        for start in range(0, len(hidden), POSITIONS):
-            rows = hidden[start : start + POSITIONS].clone().requires_grad_(True)
+
+        def part(chunk: torch.Tensor, rows: slice) -> torch.Tensor:
             with torch.no_grad():
-                reference = functional.log_softmax(self._head.logits(dense[start : start + POSITIONS].to(rows)), dim=-1)
-            other = functional.log_softmax(self._head.logits(rows), dim=-1)
-            kl = (reference.exp() * (reference - other)).sum() / len(hidden)
-            (gradient,) = torch.autograd.grad(kl, rows)
-            total += float(kl.detach())
-            gradients.append(gradient)
-        return total, torch.cat(gradients)
+                reference = functional.log_softmax(self._head.logits(dense[rows].to(chunk)), dim=-1)
+            other = functional.log_softmax(self._head.logits(chunk), dim=-1)
+            return (reference.exp() * (reference - other)).sum() / len(hidden)
+
+        return gradient_by_chunks(hidden, part)

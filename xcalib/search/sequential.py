@@ -8,7 +8,7 @@ that model, and the step is taken if it lowers the KL of samples that had no say
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -131,6 +131,10 @@ class Sequential:
         return GainMeter(self._model, self._curves.settings, self._tables.shape[1])
 
     @cached_property
+    def _head(self) -> LogitHead:
+        return LogitHead(self._model)
+
+    @cached_property
     def _slope_meter(self) -> SlopeMeter:
         return SlopeMeter(self._model, self._curves.settings, self._curves.layers)
 
@@ -210,11 +214,11 @@ class Sequential:
         found = []
         with self._progress(f"{self._point}: measuring what heads do to each other", self._count) as advance:
             for index in range(self._count):
-                unit = self._load(f"slopes-{_name(levels)}-{index:05d}")
-                if unit is None:
-                    slopes = self._slope_meter.measure(self._tokens(index), levels, self._dense_hidden(index))
-                    unit = self._save(f"slopes-{_name(levels)}-{index:05d}", {"slope": slopes.slope})
-                found.append(unit["slope"])
+
+                def measure(index: int = index) -> np.ndarray:
+                    return self._slope_meter.measure(self._tokens(index), levels, self._dense_hidden(index)).slope
+
+                found.append(self._unit("slopes", "slope", levels, index, measure))
                 advance(1)
         return np.stack(found)
 
@@ -223,13 +227,13 @@ class Sequential:
         found = []
         with self._progress(f"{self._point}: measuring the KL {what}", self._count) as advance:
             for index, own in enumerate(levels):
-                unit = self._load(f"kl-{_name(own)}-{index:05d}")
-                if unit is None:
+
+                def measure(index: int = index, own: IntArray = own) -> np.ndarray:
+                    dense = self._dense_hidden(index).numpy()
                     thresholds = self._tables.grid[own][None]
-                    dense = self._dense_hidden(index).cpu().numpy()
-                    kl = self._meter.together(self._tokens(index), self._curves.layers, thresholds, dense)
-                    unit = self._save(f"kl-{_name(own)}-{index:05d}", {"kl": kl})
-                found.append(float(unit["kl"][0]))
+                    return self._meter.together(self._tokens(index), self._curves.layers, thresholds, dense)
+
+                found.append(float(self._unit("kl", "kl", own, index, measure)[0]))
                 advance(1)
         return np.array(found)
 
@@ -239,21 +243,20 @@ class Sequential:
     def _dense_hidden(self, index: int) -> torch.Tensor:
         """The dense model's last hidden states at the compared positions, ``(positions, hidden)``; kept."""
         if index not in self._dense:
-            hidden = LogitHead(self._model).prefill(self._tokens(index)).hidden
+            hidden = self._head.prefill(self._tokens(index)).hidden
             self._dense[index] = hidden[sampled_positions(self._curves.settings.gain_every)].float().cpu().clone()
         return self._dense[index]
 
-    def _load(self, name: str) -> dict[str, np.ndarray] | None:
-        return None if self._units is None else self._units.load(name)
-
-    def _save(self, name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if self._units is not None:
-            self._units.save(name, arrays)
-        return arrays
-
-
-def _name(levels: IntArray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(levels, dtype="<i8").tobytes()).hexdigest()[:16]
+    def _unit(self, kind: str, key: str, levels: IntArray, index: int, measure: Callable[[], np.ndarray]) -> np.ndarray:
+        """What was measured of a sample at some levels: kept, or measured now and kept; the levels' digest names it."""
+        digest = hashlib.sha256(np.ascontiguousarray(levels, dtype="<i8").tobytes()).hexdigest()[:16]
+        name = f"{kind}-{digest}-{index:05d}"
+        unit = None if self._units is None else self._units.load(name)
+        if unit is None:
+            unit = {key: measure()}
+            if self._units is not None:
+                self._units.save(name, unit)
+        return unit[key]
 
 
 def _round(expected: float, new: _State, others: FloatArray, taken: bool) -> SearchRound:
