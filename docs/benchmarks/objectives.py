@@ -19,6 +19,7 @@ import torch
 
 from xcalib.bench.machine import describe_machine
 from xcalib.collect import CollectSettings, Curves, collect
+from xcalib.collect.units import Units
 from xcalib.data import SampleSet, load_samples
 from xcalib.evaluation import evaluate_plans
 from xcalib.models.loading import load_model
@@ -38,20 +39,22 @@ EVERY = 5
 
 
 def profiles(
-    model: Any, samples: SampleSet, curves: Curves, order: str, objectives: list[str], rounds: int
+    model: Any, samples: SampleSet, curves: Curves, order: str, options: argparse.Namespace, folder: Path
 ) -> dict[str, Profile]:
     """One profile with a point at the target for each objective, by name."""
     targets = parse_targets([TARGET])
-    found = {f"{order}, {name}": build_profile(curves, targets, objective=name) for name in objectives}
+    found = {f"{order}, {name}": build_profile(curves, targets, objective=name) for name in options.objectives}
     found[f"{order}, published recurrence"] = build_profile(curves, targets, method="paper", objective="plain")
-    work = Sequential(model, samples, Tables.of(curves))
+    units = Units(folder / f"rounds-{order}", {"data": samples.tokens_sha256}, resume=True)
+    work = Sequential(model, samples, Tables.of(curves), units=units)
     found[f"{order}, tempered, rounds"] = build_profile(
-        curves, targets, improve=[lambda target, planned: work.improve(target, planned, rounds)]
+        curves, targets, improve=[lambda target, planned: work.improve(target, planned, options.rounds)]
     )
     return found
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What the tables are made of; finished measurements are kept in ``folder``, and taken from there."""
     began = time.monotonic()
     loaded = load_model(options.model, dtype=options.dtype)
     lengths: dict[str, Any] = {"max_length": options.length, "seed": options.seed}
@@ -67,9 +70,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     plans: dict[str, SparsePlan] = {}
     predicted: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    objectives = options.objectives.split(",")
-    measures = tuple(name for name in ("fisher", "mass") if name in objectives)
-    for order in options.orders.split(","):
+    measures = tuple(name for name in ("fisher", "mass") if name in options.objectives)
+    for order in options.orders:
         settings = CollectSettings(
             stride=16,
             block_size=options.block_size,
@@ -78,12 +80,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             order=order,
             measures=measures,
         )
-        with tempfile.TemporaryDirectory() as folder:
-            start = time.monotonic()
-            curves = collect(loaded.model, samples, Path(folder) / "curves", settings=settings, name=options.model)
-            seconds[f"collect, {order}"] = time.monotonic() - start
         start = time.monotonic()
-        for name, profile in profiles(loaded.model, samples, curves, order, objectives, options.rounds).items():
+        where = folder / f"curves-{order}"
+        curves = collect(loaded.model, samples, where, settings=settings, name=options.model, resume=True)
+        seconds[f"collect, {order}"] = time.monotonic() - start
+        start = time.monotonic()
+        for name, profile in profiles(loaded.model, samples, curves, order, options, folder).items():
             point = profile.point("balanced")
             plans[name] = sparse_plan(profile, "balanced")
             assert point.predicted is not None  # every search predicts
@@ -93,16 +95,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         seconds[f"search, {order}"] = time.monotonic() - start
     one = next(iter(plans.values()))
     for order in ORDERS:
-        for tau in (float(tau) for tau in options.taus.split(",")):
+        for tau in options.taus:
             taus = torch.full_like(one.thresholds, tau)
             plans[f"{order}, tau={tau}"] = dataclasses.replace(one, thresholds=taus, order=order)
-    found = evaluate_plans(loaded.model, heldout, plans, tokenizer=loaded.tokenizer, every=EVERY)
+    units = Units(folder / "heldout", {name: plan.record() for name, plan in plans.items()}, resume=True)
+    found = evaluate_plans(loaded.model, heldout, plans, tokenizer=loaded.tokenizer, every=EVERY, units=units)
     return {
         "command": " ".join(["python", "objectives.py", *sys.argv[1:]]),
         "machine": describe_machine(next(loaded.model.parameters()).device),
         "model": options.label or options.model,
         "seed": options.seed,
-        "settings": {key: value for key, value in vars(options).items() if key not in ("weights", "out", "do")},
+        "settings": {key: value for key, value in vars(options).items() if key not in ("weights", "out", "do", "work")},
         "calibration_tokens_sha256": samples.tokens_sha256,
         "heldout_tokens_sha256": heldout.tokens_sha256,
         "seconds": seconds | {"all": time.monotonic() - began},
@@ -190,6 +193,14 @@ def _mean(values: list[float | None]) -> str:
     return f"{np.mean(known):.0%}" if known else "-"
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(word) for word in text.split(","))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parts = parser.add_subparsers(dest="do", required=True)
@@ -204,9 +215,12 @@ def main() -> None:
     one.add_argument("--block-size", type=int, default=64)
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--dtype", default="float32")
-    one.add_argument("--orders", default=",".join(ORDERS), help="of preference, that are searched in")
-    one.add_argument("--objectives", default=",".join(OBJECTIVES))
-    one.add_argument("--taus", default=",".join(map(str, TAUS)), help="single taus, measured in both orders")
+    one.add_argument("--orders", type=_words, default=ORDERS, help="of preference, that are searched in")
+    one.add_argument("--objectives", type=_words, default=OBJECTIVES)
+    one.add_argument("--taus", type=_numbers, default=TAUS, help="single taus, measured in both orders")
+    one.add_argument(
+        "--work", type=Path, help="folder for finished measurements, from which a run that was stopped goes on"
+    )
     one.add_argument("--weights", type=Path, help="the GGUF file of the model 'demo'")
     one.add_argument("--out", type=Path, required=True)
     tables = parts.add_parser("table")
@@ -221,7 +235,8 @@ def main() -> None:
             from demo_gpu import give_weights
 
             give_weights(options.weights, Path(folder))
-        options.out.write_text(json.dumps(run(options), indent=1, default=str) + "\n")
+        found = run(options, options.work or Path(folder) / "work")
+        options.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":
