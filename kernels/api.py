@@ -68,7 +68,9 @@ def estimate_blocks(
     """How much attention each query block pays each key block, from strided samples (paper section 2.1).
 
     Groups of ``stride`` queries meet groups of ``stride`` keys through one sum along the sampled pattern; a softmax over
-    the visible key groups is summed inside each key block and averaged over the query block's groups.
+    the visible key groups is summed inside each key block and averaged over the query block's groups. By pattern ``rows``, which
+    is ours and not the paper's, the last query of a group, or the last there is, meets every key by itself: the weights of one
+    query in ``stride`` are exact, for as many products.
 
     Args:
         query: fp32, fp16 or bf16 ``(batch, q_heads, q_len, head_dim)``, ``q_len <= k_len``; query ``t`` stands at key
@@ -77,11 +79,13 @@ def estimate_blocks(
         stride: tokens per group (S), one of 4, 8, 16, 32, 64.
         block_size: tokens per block (B), 64 or 128.
         causal: whether a query sees only keys up to its own position.
-        scale: factor of the dot product, default ``1 / sqrt(head_dim)``; the score divides it by ``stride`` as well.
-        pattern: which query of a group meets which key: antidiagonal, diagonal or random (one permutation drawn from ``seed``).
+        scale: factor of the dot product, default ``1 / sqrt(head_dim)``; the score divides it by ``stride`` as well, but not by
+            ``rows``.
+        pattern: which query of a group meets which key: antidiagonal, diagonal or random (one permutation drawn from ``seed``),
+            or ``rows``.
         seed: of the random pattern.
-        precision: ``"native"``, or ``"fp8"``: both operands are rounded to e4m3 first, with one scale per group of ``stride``
-            tokens (Triton only; on GPUs that have fp8).
+        precision: ``"native"``, or ``"fp8"``: both operands are rounded to e4m3 first, with one scale per group of tokens
+            (Triton only; on GPUs that have fp8).
         backend: ``"reference"``, ``"triton"`` or None: Triton on CUDA, the reference elsewhere, unless the environment variable
             ``XCALIB_BACKEND`` names one; see :mod:`xcalib.kernels.backends`.
 

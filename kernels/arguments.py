@@ -1,7 +1,7 @@
 """Checks of the public functions' arguments: a ValueError names the argument, its value and what is allowed."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -36,7 +36,7 @@ __all__ = [
 
 Backend = Literal["reference", "triton"]
 Order = Literal["score", "recent"]
-Pattern = Literal["antidiagonal", "diagonal", "random"]
+Pattern = Literal["antidiagonal", "diagonal", "random", "rows"]
 Policy = Literal["threshold", "top-k", "ratio"]
 Precision = Literal["native", "fp8"]
 
@@ -95,8 +95,8 @@ def check_lengths(q_len: int, k_len: int) -> None:
 def check_method(stride: int, pattern: str, precision: str = "native", order: str = "score") -> None:
     if stride not in STRIDES or not isinstance(stride, int):
         raise ValueError(f"stride is {stride!r}, allowed are {STRIDES}")
-    if pattern not in ("antidiagonal", "diagonal", "random"):
-        raise ValueError(f"pattern is {pattern!r}, allowed are 'antidiagonal', 'diagonal' and 'random'")
+    if pattern not in get_args(Pattern):
+        raise ValueError(f"pattern is {pattern!r}, allowed are 'antidiagonal', 'diagonal', 'random' and 'rows'")
     if precision not in ("native", "fp8"):
         raise ValueError(f"precision is {precision!r}, allowed are 'native' and 'fp8'")
     check_order(order)

@@ -65,6 +65,8 @@ def estimate_blocks(
     seed: int,
 ) -> torch.Tensor:
     """See :func:`xcalib.kernels.estimate_blocks`."""
+    if pattern == "rows":
+        return _estimate_rows(query, key, stride, Geometry(query.shape[2], key.shape[2], block_size, causal), scale)
     batch, q_heads, q_len, head_dim = query.shape
     k_heads, k_len = key.shape[1:3]
     geometry = Geometry(q_len, k_len, block_size, causal)
@@ -88,6 +90,29 @@ def estimate_blocks(
         probabilities = logits.softmax(-1).mean(-2)  # (B, Hq, reach)
         probabilities = functional.pad(probabilities, (0, blocks * per_block - reach))
         scores[:, :, row, :blocks] = probabilities.unflatten(-1, (blocks, per_block)).sum(-1)
+    return scores
+
+
+def _estimate_rows(
+    query: torch.Tensor, key: torch.Tensor, stride: int, geometry: Geometry, scale: float
+) -> torch.Tensor:
+    """The last query of each row group, exactly: mean over a block's groups of the attention weight that a key block takes."""
+    batch, q_heads = query.shape[:2]
+    k_heads, size = key.shape[1], geometry.block_size
+    keys = key[:, :, None].float()  # (B, Hkv, 1, k_len, D)
+    scores = query.new_zeros((batch, q_heads, geometry.q_blocks, geometry.k_blocks), dtype=torch.float32)
+    for row in range(geometry.q_blocks):
+        start, stop = geometry.query_span(row)
+        sampled = torch.arange(start + stride - 1, stop + stride - 1, stride, device=query.device).clamp_(max=stop - 1)
+        blocks = geometry.visible_k_blocks(row)
+        reach = min(blocks * size, geometry.k_len)
+        queries = (query[:, :, sampled].float() * scale).unflatten(1, (k_heads, -1))  # (B, Hkv, G, rows, D)
+        logits = queries @ keys[:, :, :, :reach].mT  # (B, Hkv, G, rows, reach)
+        if geometry.causal:
+            hidden = torch.arange(reach, device=query.device) > geometry.offset + sampled[:, None]
+            logits.masked_fill_(hidden, -torch.inf)
+        weights = functional.pad(logits.softmax(-1).mean(-2).flatten(1, 2), (0, blocks * size - reach))  # (B, Hq, keys)
+        scores[:, :, row, :blocks] = weights.unflatten(-1, (blocks, size)).sum(-1)
     return scores
 
 

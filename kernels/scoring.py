@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.quantise import quantise_groups
 from xcalib.kernels.reference import strided_order
+from xcalib.kernels.scoring_rows import log_sum, rows_lse
 from xcalib.kernels.selection import average_lse
 from xcalib.kernels.tma import descriptor_strides, fits_tma
 from xcalib.kernels.tuning import Config, choose, interpreted, milliseconds
@@ -103,8 +104,9 @@ def block_lse(
         stride: tokens per group (S).
         block_size: tokens per block (B), a multiple of S.
         causal: whether a query sees only keys up to its own position.
-        scale: factor of the dot product; the logit divides it by S as well.
-        pattern: which query of a group meets which key: antidiagonal, diagonal or random (one permutation drawn from ``seed``).
+        scale: factor of the dot product; the logit divides it by S as well, but not by ``rows``.
+        pattern: which query of a group meets which key: antidiagonal, diagonal or random (one permutation drawn from ``seed``);
+            ``rows``: :func:`xcalib.kernels.scoring_rows.rows_lse`.
         seed: of the random pattern.
         precision: ``"native"``, or ``"fp8"``: both operands are copied to e4m3, one scale per group of S tokens.
         k_heads: the key heads to score; their query heads come along.
@@ -119,11 +121,13 @@ def block_lse(
     group = query.shape[1] // key.shape[1]
     first, last, _ = k_heads.indices(key.shape[1])
     query, key = query[:, first * group : last * group], key[:, first:last]
+    geometry = Geometry(query.shape[2], key.shape[2], block_size, causal)
+    if pattern == "rows":
+        return rows_lse(query, key, stride=stride, geometry=geometry, scale=scale, precision=precision)
     q_scales = k_scales = None
     if precision == "fp8":
         query, q_scales = quantise_groups(query, stride)
         key, k_scales = quantise_groups(key, stride)
-    geometry = Geometry(query.shape[2], key.shape[2], block_size, causal)
     shape = (*query.shape[:2], -(-geometry.q_len // stride), geometry.k_blocks)
     lse = torch.empty(shape, dtype=torch.float32, device=query.device)
     order = strided_order(pattern, stride, seed, query.device).int() if pattern == "random" else None
@@ -291,33 +295,6 @@ def _dots(
 
 
 @triton.jit
-def _log2(x, INTERPRETED: tl.constexpr):
-    if INTERPRETED:
-        result = tl.log2(x)
-    else:  # one instruction, right to 22 bits, for the twenty of tl.log2; log2(0) is -inf
-        result = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return result
-
-
-@triton.jit
-def _log_sum(logits, scales, PER_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
-    """log2(sum(2 ** (logits * scales))) over each PER_BLOCK columns, relative to the row's peak over all columns.
-
-    ``scales``, one for each row, are above 0; None are all 1.
-    """
-    BLOCK_M: tl.constexpr = logits.shape[0]
-    BLOCK_N: tl.constexpr = logits.shape[1]
-    peak = tl.max(logits, 1)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    if scales is not None:
-        peak *= scales
-        logits *= scales[:, None]
-    weights = tl.exp2(logits - peak[:, None])
-    total = tl.sum(weights.reshape(BLOCK_M, BLOCK_N // PER_BLOCK, PER_BLOCK), 2)
-    return _log2(total, INTERPRETED) + peak[:, None]
-
-
-@triton.jit
 def _tile(
     k_heads,
     q_len,
@@ -441,7 +418,7 @@ def _score_kernel(
         if CAUSAL:
             exists = exists & (tl.arange(0, BLOCK_N)[None, :] < (first_hidden + rows)[:, None])
         logits = tl.where(exists, logits, float("-inf"))
-    lse = _log_sum(logits, q_scales, PER_BLOCK, INTERPRETED)  # (BLOCK_M, BLOCK_N / PER_BLOCK)
+    lse = log_sum(logits, q_scales, PER_BLOCK, INTERPRETED)  # (BLOCK_M, BLOCK_N / PER_BLOCK)
 
     k_blocks = (k_len + BLOCK_SIZE - 1) // BLOCK_SIZE
     blocks = first_column // PER_BLOCK + tl.arange(0, BLOCK_N // PER_BLOCK)

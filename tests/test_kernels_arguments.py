@@ -109,7 +109,7 @@ BAD: list[tuple[tuple[str, ...], str, dict[str, Any], list[str]]] = [
         SCORING,
         "pattern-unknown",
         {"pattern": "Diagonal"},
-        ["pattern", "'Diagonal'", "'antidiagonal'", "'diagonal'", "'random'"],
+        ["pattern", "'Diagonal'", "'antidiagonal'", "'diagonal'", "'random'", "'rows'"],
     ),
     (
         ("select_blocks", "xattention", "sweep_thresholds"),

@@ -26,7 +26,7 @@ REPRODUCIBLE: dict[str, Any] = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
 STRIDES = (4, 8, 16, 32, 64)
-PATTERNS = ("antidiagonal", "diagonal", "random")
+PATTERNS = ("antidiagonal", "diagonal", "random", "rows")
 ORDERS: tuple[Any, ...] = ("score", "recent")
 
 
@@ -140,6 +140,20 @@ def oracle_scores(dots: list[list[float]], shape: Shape, order: tuple[int, ...],
     return scores
 
 
+def oracle_rows(dots: list[list[float]], shape: Shape, stride: int, scale: float) -> list[list[float]]:
+    """Block scores of one head by the pattern ``rows``, query by query."""
+    scores = [[0.0] * shape.k_blocks for _ in range(shape.q_blocks)]
+    for row in range(shape.q_blocks):
+        queries = range(row * shape.block_size, min((row + 1) * shape.block_size, shape.q_len))
+        sampled = [q for q in queries if (q + 1) % stride == 0 or q == shape.q_len - 1]
+        for q in sampled:
+            seen = [k for k in range(shape.k_len) if not shape.causal or k <= shape.offset + q]
+            weights = [math.exp((dots[q][k] - max(dots[q][: len(seen)])) * scale) for k in seen]
+            for k, weight in zip(seen, weights, strict=True):
+                scores[row][k // shape.block_size] += weight / math.fsum(weights) / len(sampled)
+    return scores
+
+
 def assert_scores_match(
     shape: Shape, *, heads: tuple[int, int, int], head_dim: int, stride: int, pattern: Any, seed: int, magnitude: float
 ) -> None:
@@ -160,13 +174,16 @@ def assert_scores_match(
         pattern=pattern,
         seed=seed % 5,
     )
-    order = sampled_order(stride, pattern, seed % 5)
+    factor = 1 / math.sqrt(head_dim) if scale is None else scale
     assert scores.dtype == torch.float32
     assert scores.shape == (batch, k_heads * group, shape.q_blocks, shape.k_blocks)
     for b in range(batch):
         for h in range(k_heads * group):
             dots = (query[b, h].double() @ key[b, h // group].double().T).tolist()
-            expected = oracle_scores(dots, shape, order, 1 / math.sqrt(head_dim) if scale is None else scale)
+            if pattern == "rows":
+                expected = oracle_rows(dots, shape, stride, factor)
+            else:
+                expected = oracle_scores(dots, shape, sampled_order(stride, pattern, seed % 5), factor)
             torch.testing.assert_close(scores[b, h].double(), torch.tensor(expected).double(), rtol=2e-5, atol=1e-6)
             for row in range(shape.q_blocks):
                 visible = shape.visible(row)

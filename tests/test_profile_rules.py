@@ -49,7 +49,11 @@ WRONG_VALUES: list[tuple[KeyPath, object, str]] = [
     (("method", "block_size"), "64", "method.block_size: must be an integer, got '64'"),
     (("method", "order"), "newest", "method.order: must be 'score' or 'recent', got 'newest'"),
     (("method", "order"), None, "method.order: must be 'score' or 'recent', got None"),
-    (("method", "pattern"), "diag", "method.pattern: must be 'antidiagonal', 'diagonal' or 'random', got 'diag'"),
+    (
+        ("method", "pattern"),
+        "diag",
+        "method.pattern: must be 'antidiagonal', 'diagonal', 'random' or 'rows', got 'diag'",
+    ),
     (("model",), [], "model: must be a mapping, got []"),
     (("model", "name"), "", "model.name: must have at least 1 character, got ''"),
     (("model", "name"), "a\x1b[31m", r"model.name: must be printable text, got 'a\x1b[31m'"),

@@ -21,7 +21,7 @@ from xcalib.kernels import reference
 from xcalib.kernels.geometry import Geometry
 
 pytest.importorskip("triton")
-from xcalib.kernels import quantise, scoring  # need Triton
+from xcalib.kernels import quantise, scoring, scoring_rows  # need Triton
 from xcalib.kernels.selection import average_lse
 from xcalib.kernels.tuning import Config
 
@@ -39,6 +39,7 @@ REPRODUCIBLE: dict[str, Any] = {
 }
 LAYOUTS = ("contiguous", "tokens first", "amid NaN", "one head for all", "not aligned")
 TILES = ((64, 64, 64, 2), (32, 128, 128, 1), (128, 32, 128, 16))  # BLOCK_M, BLOCK_N, BLOCK_D, GROUP_M
+ROWS_TILES = (TILES[1], (64, 128, 32, 1))  # of whole blocks
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def cases(draw: st.DrawFn) -> Case:
     group = draw(st.sampled_from([1, 1, 1, 2, 3, 4, 6, 7, 8]))
     odd = (33, 72, 80, 96) if stride <= (8 if group > 4 else 16) else ()  # in chunks of 16 features, or 32
     large = (128, 192) if stride <= 16 or group == 1 else ()
+    pattern = draw(st.sampled_from(["antidiagonal", "diagonal", "random", "rows", "rows"]))
     head_dim = draw(st.sampled_from([32, 64, *odd, *large]))
     return Case(
         batch=draw(st.integers(1, 2 if group <= 2 else 1)),
@@ -95,10 +97,10 @@ def cases(draw: st.DrawFn) -> Case:
         block_size=draw(st.sampled_from([64, 128])),
         causal=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.float32, torch.float16])),
-        pattern=draw(st.sampled_from(["antidiagonal", "diagonal", "random"])),
+        pattern=pattern,
         layout=draw(st.sampled_from(LAYOUTS)),
         tma=draw(st.sampled_from([True, True, False])),
-        tiles=draw(st.sampled_from(TILES)),
+        tiles=draw(st.sampled_from(ROWS_TILES if pattern == "rows" else TILES)),
         scale=draw(st.sampled_from([0.5, 1.0, 1.0, 2.0, -1.0, 0.0])) / math.sqrt(head_dim),
         magnitude=draw(st.sampled_from([0.5, 1.0, 3.0])),
         seed=draw(st.integers(0, 2**16)),
@@ -145,18 +147,24 @@ def poisoned() -> Iterator[None]:
 def launched_as(case: Case) -> Iterator[None]:
     """The case's tiles, and its way to read memory, whatever the device would get."""
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "GROUP_M")
-    config = Config(4, 2, dict(zip(names, case.tiles, strict=True)))
+    tiles = dict(zip(names, case.tiles, strict=True))
+    if case.pattern == "rows":
+        del tiles["GROUP_M"]
+    config = Config(4, 2, tiles)
     with ExitStack() as stack:
         stack.enter_context(poisoned())
-        stack.enter_context(mock.patch.object(scoring, "choose", lambda *_: config))
-        if not case.tma:
-            stack.enter_context(mock.patch.object(scoring, "fits_tma", lambda *_: False))
+        for module in (scoring, scoring_rows):
+            stack.enter_context(mock.patch.object(module, "choose", lambda *_: config))
+            if not case.tma:
+                stack.enter_context(mock.patch.object(module, "fits_tma", lambda *_: False))
         yield
 
 
 def plain_lse(query: torch.Tensor, key: torch.Tensor, case: Case, dtype: torch.dtype) -> torch.Tensor:
     """Log-sum-exps to base 2 from all logits at once, -inf where nothing is visible."""
     stride, geometry = case.stride, case.geometry
+    if case.pattern == "rows":
+        return plain_rows_lse(query.to(dtype), key.to(dtype), case)
     query, key = (
         functional.pad(t.to(dtype), (0, 0, 0, -t.shape[2] % stride)).unflatten(2, (-1, stride)) for t in (query, key)
     )
@@ -173,6 +181,25 @@ def plain_lse(query: torch.Tensor, key: torch.Tensor, case: Case, dtype: torch.d
     return (logits * math.log(2)).logsumexp(-1) / math.log(2)
 
 
+def key_stride(case: Case) -> int:
+    """Keys that one scale of fp8 serves."""
+    return 1 if case.pattern == "rows" else case.stride
+
+
+def plain_rows_lse(query: torch.Tensor, key: torch.Tensor, case: Case) -> torch.Tensor:
+    """As :func:`plain_lse`: the last query of each row group, or of all, and every key."""
+    groups = torch.arange(-(-case.q_len // case.stride), device=query.device)
+    sampled = (groups * case.stride + case.stride - 1).clamp(max=case.q_len - 1)
+    logits = query[:, :, sampled] @ key.repeat_interleave(case.group, 1).mT * (case.scale * LOG2_E)
+    if case.causal:
+        ahead = torch.arange(case.k_len, device=key.device) > case.geometry.offset + sampled[:, None]
+        logits = logits.masked_fill(ahead, -torch.inf)
+    blocks = functional.pad(logits, (0, -case.k_len % case.block_size), value=-torch.inf).unflatten(
+        3, (-1, case.block_size)
+    )
+    return (blocks * math.log(2)).logsumexp(-1) / math.log(2)
+
+
 def allowed_error(
     plain: torch.Tensor, truth: torch.Tensor, tokens: tuple[torch.Tensor, torch.Tensor], case: Case
 ) -> float:
@@ -185,7 +212,8 @@ def allowed_error(
         case: how they were scored.
     """
     query, key = (t.double().abs() for t in tokens)
-    products = replace(case, scale=abs(case.scale), pattern="diagonal", causal=False)
+    pattern = "rows" if case.pattern == "rows" else "diagonal"
+    products = replace(case, scale=abs(case.scale), pattern=pattern, causal=False)
     logits = plain_lse(query, key, products, torch.float64).max()
     return float(2 * (plain - truth).abs().max() + EPS * (1 + truth.abs().max()) + EPS / 4 * logits)
 
@@ -235,6 +263,9 @@ def assert_scores(scores: torch.Tensor, query: torch.Tensor, key: torch.Tensor, 
 @example(case=Case(1, 1, 8, 600, 600, 32, 8, 128, tma=False))
 @example(case=Case(1, 1, 1, 60, 60, 32, 64, 64))  # not one full group
 @example(case=Case(1, 1, 8, 100, 164, 32, 4, 128, tiles=TILES[2]))  # tiles of half a query block
+@example(case=Case(2, 1, 3, 61, 200, 192, 16, 64, pattern="rows", tiles=TILES[1], layout="tokens first"))
+@example(case=Case(1, 1, 1, 60, 60, 32, 64, 64, pattern="rows", tiles=TILES[1]))
+@example(case=Case(1, 2, 1, 130, 130, 33, 16, 128, pattern="rows", tiles=TILES[1], dtype=torch.float16))
 def test_scores_equal_the_truth(case: Case) -> None:
     query, key = inputs(case)
     with launched_as(case):
@@ -260,13 +291,16 @@ FIXED_LENGTHS = [
 ]
 
 
+@pytest.mark.parametrize("pattern", ["antidiagonal", "rows"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("stride,block_size", [(4, 128), (8, 64), (16, 128), (64, 64)])
 @pytest.mark.parametrize("q_len,k_len", FIXED_LENGTHS)
 def test_scores_at_the_edges_of_groups_blocks_and_tiles(
-    q_len: int, k_len: int, stride: int, block_size: int, causal: bool
+    q_len: int, k_len: int, stride: int, block_size: int, causal: bool, pattern: str
 ) -> None:
-    case = Case(1, 1, 2, q_len, k_len, 64, stride, block_size, causal, layout="amid NaN", seed=q_len)
+    tiles = TILES[1] if pattern == "rows" else TILES[0]
+    shape = (1, 1, 2, q_len, k_len, 64, stride, block_size, causal)
+    case = Case(*shape, layout="amid NaN", seed=q_len, pattern=pattern, tiles=tiles)
     query, key = inputs(case)
     with launched_as(case):
         scores = scoring.estimate_blocks(query, key, **case.options)
@@ -339,12 +373,13 @@ def on_the_grid(tokens: torch.Tensor, stride: int, exponents: tuple[int, ...]) -
 @given(case=cases(), exponents=st.sampled_from([(-9,), (-9, -7), (-8, -10, -7)]))
 def test_fp8_scores_are_those_of_the_scaled_tokens(case: Case, exponents: tuple[int, ...]) -> None:
     case = replace(case, magnitude=1.0)
-    query, key = (on_the_grid(tokens, case.stride, exponents) for tokens in inputs(case))
-    for tokens in (query, key):
+    strides = (case.stride, key_stride(case))
+    query, key = (on_the_grid(tokens, size, exponents) for tokens, size in zip(inputs(case), strides, strict=True))
+    for tokens, size in zip((query, key), strides, strict=True):
         with poisoned():
-            copy, scales = quantise.quantise_groups(tokens, case.stride)
-        assert torch.equal(scales, peaks(tokens, case.stride) / 448)
-        assert torch.equal(copy.float() * of_tokens(scales, tokens, case.stride), tokens.float())
+            copy, scales = quantise.quantise_groups(tokens, size)
+        assert torch.equal(scales, peaks(tokens, size) / 448)
+        assert torch.equal(copy.float() * of_tokens(scales, tokens, size), tokens.float())
     with launched_as(case):
         lse = scoring.block_lse(query, key, precision="fp8", **case.options)
     assert_lse(lse, query, key, case)
@@ -388,6 +423,8 @@ LARGE_CASES = [
     Case(1, 1, 1, 8 * 2345, 8 * 2500, 128, 8, 64, causal=False, layout="tokens first", seed=2),
     Case(1, 2, 2, 8 * 700, 8 * 701, 256, 8, 128, pattern="diagonal", layout="amid NaN", seed=3),
     Case(1, 4, 8, 4 * 1300, 4 * 1300, 128, 4, 128, seed=4),
+    Case(1, 2, 4, 2100, 4321, 128, 16, 128, pattern="rows", seed=5),
+    Case(1, 1, 3, 4096, 4096, 64, 16, 64, pattern="rows", layout="tokens first", seed=6),
 ]
 
 
@@ -401,7 +438,9 @@ def test_large_scores_in_both_precisions(case: Case, precision: str) -> None:
     case = replace(case, dtype=torch.bfloat16)
     query, key = inputs(case)
     if precision == "fp8":
-        query, key = (in_layout(on_the_grid(t, case.stride, (-8, -7)), case.layout) for t in (query, key))
+        strides = (case.stride, key_stride(case))
+        tokens = zip((query, key), strides, strict=True)
+        query, key = (in_layout(on_the_grid(t, size, (-8, -7)), case.layout) for t, size in tokens)
     with poisoned():
         lse = scoring.block_lse(query, key, precision=precision, **case.options)
     truth = plain_lse(query, key, case, torch.float64)

@@ -118,7 +118,7 @@ class Method(_Model):
 
     stride: Annotated[Literal[4, 8, 16, 32, 64], BeforeValidator(_integer)]
     block_size: Annotated[Literal[64, 128], BeforeValidator(_integer)]
-    pattern: Literal["antidiagonal", "diagonal", "random"] = "antidiagonal"
+    pattern: Literal["antidiagonal", "diagonal", "random", "rows"] = "antidiagonal"
     order: Literal["score", "recent"] = "score"
 
 

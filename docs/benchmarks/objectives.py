@@ -31,23 +31,28 @@ from xcalib.search.sequential import Sequential
 
 TARGET = "balanced:density=0.33"
 OBJECTIVES = ("plain", "gain", "tempered", "fisher", "mass")
-ORDERS = ("score", "recent")
-DEFAULT = "recent, tempered, rounds"
+# How blocks are chosen: pattern and order of preference. The single taus of "score", the paper's, are what all is held against.
+WAYS: dict[str, dict[str, Any]] = {
+    "score": {"pattern": "antidiagonal", "order": "score"},
+    "recent": {"pattern": "antidiagonal", "order": "recent"},
+    "rows": {"pattern": "rows", "order": "recent"},
+}
+DEFAULT = "rows, tempered, rounds"
 # The published method's single taus, as "best single tau"; enough of them to interpolate between.
 TAUS = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.74, 0.78, 0.82, 0.86, 0.9, 0.94, 0.97, 0.985, 0.995)
 EVERY = 5
 
 
 def profiles(
-    model: Any, samples: SampleSet, curves: Curves, order: str, options: argparse.Namespace, folder: Path
+    model: Any, samples: SampleSet, curves: Curves, way: str, options: argparse.Namespace, folder: Path
 ) -> dict[str, Profile]:
     """One profile with a point at the target for each objective, by name."""
     targets = parse_targets([TARGET])
-    found = {f"{order}, {name}": build_profile(curves, targets, objective=name) for name in options.objectives}
-    found[f"{order}, published recurrence"] = build_profile(curves, targets, method="paper", objective="plain")
-    units = Units(folder / f"rounds-{order}", {"data": samples.tokens_sha256}, resume=True)
+    found = {f"{way}, {name}": build_profile(curves, targets, objective=name) for name in options.objectives}
+    found[f"{way}, published recurrence"] = build_profile(curves, targets, method="paper", objective="plain")
+    units = Units(folder / f"rounds-{way}", {"data": samples.tokens_sha256}, resume=True)
     work = Sequential(model, samples, Tables.of(curves), units=units)
-    found[f"{order}, tempered, rounds"] = build_profile(
+    found[f"{way}, tempered, rounds"] = build_profile(
         curves, targets, improve=[lambda target, planned: work.improve(target, planned, options.rounds)]
     )
     return found
@@ -71,33 +76,33 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     predicted: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     measures = tuple(name for name in ("fisher", "mass") if name in options.objectives)
-    for order in options.orders:
+    for way in options.ways:
         settings = CollectSettings(
             stride=16,
             block_size=options.block_size,
             gain_samples=4,
             gain_every=EVERY,
-            order=order,
             measures=measures,
+            **WAYS[way],
         )
         start = time.monotonic()
-        where = folder / f"curves-{order}"
+        where = folder / f"curves-{way}"
         curves = collect(loaded.model, samples, where, settings=settings, name=options.model, resume=True)
-        seconds[f"collect, {order}"] = time.monotonic() - start
+        seconds[f"collect, {way}"] = time.monotonic() - start
         start = time.monotonic()
-        for name, profile in profiles(loaded.model, samples, curves, order, options, folder).items():
+        for name, profile in profiles(loaded.model, samples, curves, way, options, folder).items():
             point = profile.point("balanced")
             plans[name] = sparse_plan(profile, "balanced")
             assert point.predicted is not None  # every search predicts
             predicted[name] = point.predicted.model_dump() | {
                 "rounds": [[one.model_dump() for one in part] for part in point.rounds or ()]
             }
-        seconds[f"search, {order}"] = time.monotonic() - start
+        seconds[f"search, {way}"] = time.monotonic() - start
     one = next(iter(plans.values()))
-    for order in ORDERS:
+    for way in dict.fromkeys(("score", *options.ways)):
         for tau in options.taus:
             taus = torch.full_like(one.thresholds, tau)
-            plans[f"{order}, tau={tau}"] = dataclasses.replace(one, thresholds=taus, order=order)
+            plans[f"{way}, tau={tau}"] = dataclasses.replace(one, thresholds=taus, **WAYS[way])
     units = Units(folder / "heldout", {name: plan.record() for name, plan in plans.items()}, resume=True)
     found = evaluate_plans(loaded.model, heldout, plans, tokenizer=loaded.tokenizer, every=EVERY, units=units)
     return {
@@ -116,9 +121,10 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def rows(found: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
-    """Each objective against the single taus of both orders at its own held-out density."""
+    """Each objective against the single taus of every way that was measured, at its own held-out density."""
     measured = {plan["name"]: plan for plan in found["plans"]}
-    single = {order: _single(measured, order) for order in ORDERS}
+    ways = [way for way in WAYS if any(name.startswith(f"{way}, tau=") for name in measured)]
+    single = {way: _single(measured, way) for way in ways}
     table = {}
     for name, plan in measured.items():
         if "tau=" in name:
@@ -129,11 +135,11 @@ def rows(found: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
             "accuracy": plan["accuracy"],
             "predicted": predicted[name]["kl"],
         }
-        for order, (density, log_kl) in single.items():
+        for way, (density, log_kl) in single.items():
             at_density = float(np.exp(np.interp(plan["density"], density, log_kl)))
             needed = float(np.interp(-np.log(plan["kl"]), -log_kl, density))
             reached = density[0] <= plan["density"] <= density[-1] and log_kl[-1] <= np.log(plan["kl"]) <= log_kl[0]
-            row[order] = {
+            row[way] = {
                 "kl": at_density,
                 "ratio": plan["kl"] / at_density,
                 "blocks": plan["density"] / needed,
@@ -143,11 +149,9 @@ def rows(found: dict[str, Any], predicted: dict[str, Any]) -> dict[str, Any]:
     return table
 
 
-def _single(measured: dict[str, Any], order: str) -> tuple[np.ndarray, np.ndarray]:
-    """Densities, ascending, and logarithms of the KL, made to fall, of one order's single taus."""
-    points = sorted(
-        (plan["density"], plan["kl"]) for name, plan in measured.items() if name.startswith(f"{order}, tau=")
-    )
+def _single(measured: dict[str, Any], way: str) -> tuple[np.ndarray, np.ndarray]:
+    """Densities, ascending, and logarithms of the KL, made to fall, of one way's single taus."""
+    points = sorted((plan["density"], plan["kl"]) for name, plan in measured.items() if name.startswith(f"{way}, tau="))
     density, kl = np.array(points).T
     return density, np.minimum.accumulate(np.log(np.maximum(kl, 1e-12)))
 
@@ -162,20 +166,20 @@ def table(files: list[Path], only: str) -> str:
         lines = [
             f"**{model}**, seeds {seeds}",
             "",
-            "| order, objective | density | KL | of the published single tau's KL | blocks at equal KL | of the single tau's KL "
-            "in the same order | predicted / measured KL | accuracy |",
+            "| way, objective | density | KL | of the published single tau's KL | blocks at equal KL | of the single tau's KL "
+            "chosen the same way | predicted / measured KL | accuracy |",
             "|---|---|---|---|---|---|---|---|",
         ]
         names = [name for name in own[0]["rows"] if name.startswith(only)]
         names.sort(key=lambda name: np.mean([record["rows"][name]["kl"] for record in own]))
         for name in names:
             each = [record["rows"][name] for record in own]
-            order = name.partition(",")[0]
+            way = name.partition(",")[0]
             ratio = " / ".join(f"{row['score']['ratio']:.3f}" for row in each)
             blocks = " / ".join(
                 ("" if row["score"]["inside"] else "≤ ") + f"{row['score']['blocks']:.2f}" for row in each
             )
-            same = " / ".join(f"{row[order]['ratio']:.2f}" for row in each)
+            same = " / ".join(f"{row[way]['ratio']:.2f}" for row in each)
             said = " / ".join(f"{row['predicted'] / row['kl']:.2f}" for row in each)
             accuracy = _mean([row["accuracy"] for row in each])
             density, kl = (np.mean([row[key] for row in each]) for key in ("density", "kl"))
@@ -215,9 +219,11 @@ def main() -> None:
     one.add_argument("--block-size", type=int, default=64)
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--dtype", default="float32")
-    one.add_argument("--orders", type=_words, default=ORDERS, help="of preference, that are searched in")
+    one.add_argument("--ways", type=_words, default=tuple(WAYS), help="to choose blocks, that are searched in")
     one.add_argument("--objectives", type=_words, default=OBJECTIVES)
-    one.add_argument("--taus", type=_numbers, default=TAUS, help="single taus, measured in both orders")
+    one.add_argument(
+        "--taus", type=_numbers, default=TAUS, help="single taus, measured in every way and in the published one"
+    )
     one.add_argument(
         "--work", type=Path, help="folder for finished measurements, from which a run that was stopped goes on"
     )

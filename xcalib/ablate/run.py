@@ -243,6 +243,7 @@ def _curves(job: _Job) -> Curves:
         settings = CollectSettings(
             stride=job.settings.stride,
             block_size=job.settings.block_size,
+            pattern="antidiagonal",
             order=job.searched_order,
             gain_samples=job.settings.gain_samples,
         )

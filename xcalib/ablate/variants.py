@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -88,9 +89,15 @@ def variants_of(table: str, stride: int, searched: Order = "score") -> tuple[Var
     """
     if table == "pattern":
         return tuple(
-            Variant(f"{pattern} S={size}", Scoring(size, pattern), pattern, f"S={size}", pattern == "antidiagonal")
+            Variant(
+                f"{pattern} S={size}",
+                Scoring(size, pattern),
+                pattern if pattern in PAPER["pattern"].figures else "",
+                f"S={size}",
+                pattern == "antidiagonal",
+            )
             for size in PATTERN_STRIDES
-            for pattern in ("antidiagonal", "diagonal", "random")
+            for pattern in get_args(Pattern)
         )
     if table == "stride":
         known = PAPER["stride"].figures

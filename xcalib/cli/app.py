@@ -77,7 +77,7 @@ def collect(
     seed: opt.Seed = 0,
     stride: opt.Stride = 16,
     block_size: opt.BlockSize = 128,
-    pattern: opt.Pattern = "antidiagonal",
+    pattern: opt.Pattern = "rows",
     order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
     measure: opt.Measures = None,

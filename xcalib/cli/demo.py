@@ -55,7 +55,11 @@ def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any
     )
     profile = build_profile(curves, DEFAULT_TARGETS)
     plans = plans_to_evaluate(loaded.model, profile, uniform=SINGLE_TAUS)
-    plans |= {name: replace(plan, order="score") for name, plan in plans.items() if name.startswith("tau=")}
+    plans |= {
+        name: replace(plan, pattern="antidiagonal", order="score")
+        for name, plan in plans.items()
+        if name.startswith("tau=")
+    }
     identity = {
         "plans": {k: v.record() for k, v in plans.items()},
         "data": heldout.tokens_sha256,

@@ -48,7 +48,12 @@ MinLength = Annotated[
 Seed = Annotated[int, typer.Option(min=0, help="Of windows, needles and everything random.")]
 Stride = Annotated[int, typer.Option(help="Tokens per group of the scoring (S): 4, 8, 16, 32 or 64.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens per block (B): 64 or 128.")]
-Pattern = Annotated[kernels.Pattern, typer.Option(help="Which query of a group meets which key.")]
+Pattern = Annotated[
+    kernels.Pattern,
+    typer.Option(
+        help="Which query of a group meets which key; rows: the last one meets every key by itself, others are the paper's."
+    ),
+]
 Order = Annotated[
     kernels.Order,
     typer.Option(

@@ -57,7 +57,7 @@ def search(
     start_threshold: Annotated[float, typer.Option(min=0.01, max=1, help="Of --method paper.")] = 0.9,
     stride: opt.Stride = 16,
     block_size: opt.BlockSize = 128,
-    pattern: opt.Pattern = "antidiagonal",
+    pattern: opt.Pattern = "rows",
     order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
     rounds: opt.Rounds = DEFAULT_ROUNDS,

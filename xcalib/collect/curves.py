@@ -38,9 +38,10 @@ class CollectSettings:
     Attributes:
         stride: tokens per group (S) of the scoring.
         block_size: tokens per block (B).
-        pattern: of the scoring.
-        order: of preference: with ``"recent"`` every tau above 0 keeps the block before a row's own, which is our own departure
-            from the paper; ``"score"`` is the paper's (:func:`xcalib.kernels.select_blocks`).
+        pattern: of the scoring; with ``"rows"`` one query in ``stride`` is scored exactly, which is our own departure from the
+            paper; ``"antidiagonal"`` is the paper's (:func:`xcalib.kernels.estimate_blocks`).
+        order: of preference: with ``"recent"`` every tau above 0 keeps the block before a row's own, which is ours as well;
+            ``"score"`` is the paper's (:func:`xcalib.kernels.select_blocks`).
         grid: ascending taus, the first 0 and the last 1.
         gain_samples: how many samples measure the layer gains.
         gain_density: density at which a layer is switched to measure its gain.
@@ -53,7 +54,7 @@ class CollectSettings:
 
     stride: int = 16
     block_size: int = 128
-    pattern: Pattern = "antidiagonal"
+    pattern: Pattern = "rows"
     order: Order = "recent"
     grid: tuple[float, ...] = DEFAULT_GRID
     gain_samples: int = 2
