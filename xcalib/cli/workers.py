@@ -124,9 +124,10 @@ def launch(workers: int) -> NoReturn:
 
 def _environment(rank: int, workers: int, port: int) -> dict[str, str]:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), LAUNCHED: "1"}
+    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL")}  # what it reports, ranks say better
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, _cores() // workers))}
-    return where | {name: str(value) for name, value in place.items()} | threads
+    return where | quiet | {name: str(value) for name, value in place.items()} | threads
 
 
 def _cores() -> int:

@@ -6,6 +6,7 @@ sums are on the host by then, a few megabytes a sample. How a death is found out
 """
 
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ import torch
 from safetensors.numpy import load, save
 from torch import distributed
 
-from xcalib.collect.watch import Watch, own_name
+from xcalib.collect.watch import KEPT, Watch, own_name
 from xcalib.errors import ModelError, RankError, XcalibError
 from xcalib.progress import Progress
 
@@ -231,7 +232,13 @@ class Ranks:
         said = " ".join(str(error).split())
         if self._watch is not None and "onnection" in said:
             time.sleep(VERDICT_SECONDS)
-        raise RankError(f"rank {self.rank} waits for the others in vain: {said[:300]}") from error
+        late = re.search(r"Ranks? ([\d, ]+) failed to pass", said)
+        if late is not None:
+            raise RankError(
+                f"rank {late[1]} did not finish its share within {_wait_seconds():,.0f} s of the others' "
+                f"(XCALIB_RANK_TIMEOUT); {KEPT}"
+            ) from error
+        raise RankError(f"rank {self.rank} lost the others: {said[:300]}; {KEPT}") from error
 
 
 ALONE = Ranks()
