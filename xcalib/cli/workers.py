@@ -16,7 +16,7 @@ import typer
 from xcalib.cli.output import console
 from xcalib.collect.ranks import LAUNCHED, Place, Ranks, describe
 from xcalib.collect.watch import KEPT, LOST
-from xcalib.errors import XcalibError
+from xcalib.errors import RankError, XcalibError
 
 __all__ = ["Workers", "joined", "launch", "refuse_ranks", "speaks"]
 
@@ -64,7 +64,7 @@ def joined(workers: int | None) -> Iterator[Ranks]:
     if not speaks():
         console.quiet = True
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
-    with Ranks.open(says=_say) as ranks:
+    with _open() as ranks:
         try:
             yield ranks
         except BaseException as error:
@@ -72,6 +72,15 @@ def joined(workers: int | None) -> Iterator[Ranks]:
             if code is not None:
                 ranks.leave(code, describe(error) if isinstance(error, Exception) and code == 2 else None)
             raise
+
+
+def _open() -> Ranks:
+    try:
+        return Ranks.open(says=_say)
+    except RankError as error:
+        if not speaks():  # rank 0 cannot know, and would wait
+            _say(str(error))
+        raise
 
 
 def _code_of(error: BaseException) -> int | None:
