@@ -22,7 +22,7 @@ from xcalib.cli import workers
 from xcalib.collect import ranks as ranks_module
 from xcalib.collect import watch as watch_module
 from xcalib.collect.ranks import ALONE, LAUNCHED, Place, Ranks, describe
-from xcalib.collect.shares import Arrays, Shares
+from xcalib.collect.shares import Arrays, Shares, open_units
 from xcalib.collect.units import Units
 from xcalib.collect.watch import LOST, Watch
 from xcalib.errors import CurvesError, ModelError, RankError
@@ -154,6 +154,16 @@ def test_ranks_that_came_to_other_units_are_told_so() -> None:
 
     results = Crowd(2).run(work)
     assert all(isinstance(error, RankError) and "different levels" in str(error) for error in results)
+
+
+def test_ranks_with_other_data_are_told_so(tmp_path: Path) -> None:
+    def work(ranks: Ranks) -> Units:
+        identity = {"data": ranks.rank // 2, "model": "m"}
+        return open_units(tmp_path / str(ranks.rank), identity, resume=False, ranks=ranks)
+
+    results = Crowd(3).run(work)
+    assert [str(error).partition(":")[0] for error in results] == ["ranks were given another data"] * 3
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_failure_of_one_is_everybodys() -> None:
@@ -307,10 +317,12 @@ def test_a_death_is_told_once_and_ends_all(ended: "queue.SimpleQueue[int]") -> N
     assert said.empty()
 
 
-def test_of_a_dead_rank_0_the_next_speaks(ended: "queue.SimpleQueue[int]") -> None:
+def test_of_a_dead_rank_0_the_next_speaks(ended: "queue.SimpleQueue[int]", monkeypatch: pytest.MonkeyPatch) -> None:
     said = queue.SimpleQueue[str]()
     group = watches(3, said)
-    group[0]._says = lambda line: None  # its connections end under it, as they would not by themselves
+    group[0]._says = lambda line: None  # the dead say nothing, and send nothing
+    for peer in group[0]._peers.values():
+        monkeypatch.setattr(peer, "send", lambda _message: None)
     hang_up(group[0])
     assert said.get(timeout=20).startswith("rank 0 on ")
     assert [ended.get(timeout=20) for _ in range(3)] == [LOST] * 3
@@ -446,6 +458,14 @@ def test_other_commands_refuse_ranks_and_one_says_so(run: Run, monkeypatch: pyte
     assert f"{command} runs in one process: start it without torchrun" in err
     place(monkeypatch, 1, 2)
     assert run(command, *arguments) == (2, "", "")
+
+
+def test_a_rank_that_is_no_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    place(monkeypatch, 0, 2)
+    monkeypatch.setenv("RANK", "first")
+    code, out, err = run("show", "p.yaml")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "RANK, WORLD_SIZE and LOCAL_RANK must be numbers" in err
 
 
 def test_workers_under_torchrun(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import platform
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,10 @@ Workers = Annotated[
 
 def speaks() -> bool:
     """Whether this process prints: of several ranks, rank 0 alone does."""
-    place = Place.of_environment()
+    try:
+        place = Place.of_environment()
+    except RankError:  # to be said
+        return True
     return place is None or place.rank == 0
 
 
@@ -63,6 +67,7 @@ def joined(workers: int | None) -> Iterator[Ranks]:
         )
     if not speaks():
         console.quiet = True
+        warnings.simplefilter("ignore")  # rank 0 has the same
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
     with _open() as ranks:
         try:

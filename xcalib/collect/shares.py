@@ -1,6 +1,7 @@
 """Units of work, each measured once by one of the ranks, kept on disk, and known to all of them."""
 
 import hashlib
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,13 @@ def open_units(folder: Any, identity: Mapping[str, Any], *, resume: bool, ranks:
 
     Raises:
         CurvesError: as :class:`Units`.
+        RankError: a rank's job is another one: its host has other data, say.
     """
+    keys = sorted(identity)
+    differs = _differ(ranks, [json.dumps(identity[key], sort_keys=True) for key in keys])
+    if differs.any():
+        names = ", ".join(key for key, other in zip(keys, differs, strict=True) if other)
+        raise RankError(f"ranks were given another {names}: take the same model, data and versions on all hosts")
     return ranks.in_turn(lambda: Units(folder, identity, resume=resume or not ranks.leader))
 
 
@@ -120,9 +127,7 @@ class Shares:
         Each rank looks for its own share first: on a shared disk every file is read once.
         """
         ranks = self.ranks
-        digest = int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:7])
-        ends = ranks.lowest(np.array([digest, -digest]))
-        if ends[0] != -ends[1]:
+        if _differ(ranks, ["\n".join(names)]).any():
             raise RankError("ranks came to different levels: their processors or libraries differ; take one kind")
         owner = np.full(len(names), ranks.size)
         if self.units is None:
@@ -146,6 +151,13 @@ class Shares:
         if unit is None:
             raise CurvesError(f"{self.units.folder}: unit {name} is gone or damaged; go on with --resume")
         return unit
+
+
+def _differ(ranks: Ranks, texts: Sequence[str]) -> np.ndarray:
+    """Which texts are not the same on all ranks, bool ``(texts,)``."""
+    digests = np.array([int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) for text in texts], dtype=np.int64)
+    lowest, highest = np.split(ranks.lowest(np.concatenate([digests, -digests])), 2)
+    return np.asarray(lowest != -highest)
 
 
 def _without(unit: Arrays, names: Collection[str]) -> Arrays:
