@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from xcalib.collect import CollectSettings, Curves, collect
 from xcalib.collect.gains import GainMeter
+from xcalib.collect.shares import Shares
 from xcalib.collect.slopes import SlopeMeter
 from xcalib.collect.units import Units
 from xcalib.errors import TargetError
@@ -257,9 +258,9 @@ def test_interrupted_rounds_go_on_and_give_the_same(
     monkeypatch.setattr(SlopeMeter, "measure", stopping)
     units = Units(tmp_path / "u", {"a": 1}, resume=False)
     with pytest.raises(KeyboardInterrupt):
-        Sequential(model, samples, Tables.of(curves), units=units).improve(target, first, rounds=2)
+        Sequential(model, samples, Tables.of(curves), Shares(units)).improve(target, first, rounds=2)
     again = Units(tmp_path / "u", {"a": 1}, resume=True)
-    found = Sequential(model, samples, Tables.of(curves), units=again).improve(target, first, rounds=2)
+    found = Sequential(model, samples, Tables.of(curves), Shares(again)).improve(target, first, rounds=2)
     assert np.array_equal(found.thresholds, whole.thresholds)
     assert found.rounds == whole.rounds
     assert len(calls) < 2 * len(LENGTHS) * 2  # the first sample was not measured again

@@ -18,6 +18,7 @@ __all__ = [
     "DataError",
     "ModelError",
     "ProfileError",
+    "RankError",
     "StudyError",
     "TargetError",
     "TargetMissedError",
@@ -69,6 +70,10 @@ class ProfileError(XcalibError):
 
 class StudyError(XcalibError):
     """The storage of a refinement cannot be opened, or holds a study of something else."""
+
+
+class RankError(XcalibError):
+    """Of a job in several processes, one failed, or they cannot reach each other."""
 
 
 class BenchError(XcalibError):

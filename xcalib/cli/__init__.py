@@ -32,5 +32,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    from xcalib.cli.workers import speaks
+
+    if speaks():
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.exit(code)

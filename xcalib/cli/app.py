@@ -20,6 +20,7 @@ from xcalib.cli.output import by_layer_table, console, evaluation_table, print_j
 from xcalib.cli.refine import refine
 from xcalib.cli.search import search
 from xcalib.cli.show import render_profile, unverified_points
+from xcalib.cli.workers import Workers, joined, refuse_ranks
 from xcalib.collect import collect_lengths
 from xcalib.collect.units import Units
 from xcalib.data import pooled
@@ -58,11 +59,13 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     del version
+    refuse_ranks(context.invoked_subcommand)
 
 
 @app.command(epilog="Example: `xcalib collect demo --data builtin --data ruler@0.5 --out curves/`")
@@ -84,21 +87,24 @@ def collect(
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
+    workers: Workers = None,
     resume: opt.Resume = False,
     as_json: opt.Json = False,
 ) -> None:
     """Measure the curves of every head and the layer gains, and keep them for `xcalib search --curves`."""
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples, measure or ())
-    loaded = opt.open_model(model, device, dtype, trust_remote_code)
-    samples = opt.read_sets(
-        data, loaded, tokens, num_samples=num_samples, min_length=min_length, seed=seed, split="calibration"
-    )
-    with resumable("run the same command with --resume"):
-        sets = collect_lengths(
-            loaded.model, samples, out, settings=settings, name=model, resume=resume, progress=progress
-        )
-    report_curves(sets, out, as_json)
+    with joined(workers) as ranks:
+        with ranks.together():
+            loaded = opt.open_model(model, device, dtype, trust_remote_code, ranks)
+            samples = opt.read_sets(
+                data, loaded, tokens, num_samples=num_samples, min_length=min_length, seed=seed, split="calibration"
+            )
+        with resumable("run the same command with --resume"):
+            sets = collect_lengths(
+                loaded.model, samples, out, settings=settings, name=model, resume=resume, progress=progress, ranks=ranks
+            )
+        report_curves(sets, out, as_json)
 
 
 @app.command(epilog="Example: `xcalib evaluate demo --profile demo.yaml --uniform 0.9 --data builtin --json`")

@@ -9,6 +9,7 @@ import typer
 
 from xcalib.cli.output import console, quiet_libraries, status
 from xcalib.collect import CollectSettings, Curves, Measure, measured_length
+from xcalib.collect.ranks import ALONE, Ranks
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, parse_lengths
 from xcalib.errors import CurvesError, DataError
 from xcalib.kernels import api as kernels
@@ -115,9 +116,10 @@ def work_folder(model: str, work: Path | None) -> Path:
     return work or Path("xcalib-out") / (re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model")
 
 
-def open_model(name: str, device: str | None, dtype: str, trust_remote_code: bool) -> LoadedModel:
-    """Load MODEL, saying so while it lasts."""
+def open_model(name: str, device: str | None, dtype: str, trust_remote_code: bool, ranks: Ranks = ALONE) -> LoadedModel:
+    """Load MODEL, saying so while it lasts; of several ranks each onto its own device."""
     quiet_libraries()
+    device = ranks.device(device)
     with status(f"Loading {name}"):
         return load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 

@@ -10,7 +10,9 @@ from xcalib.cli import options as opt
 from xcalib.cli.found import reporting_misses, write_profile
 from xcalib.cli.output import console, progress, resumable
 from xcalib.cli.refine import refining
+from xcalib.cli.workers import Workers, joined, speaks
 from xcalib.collect import Curves, load_curve_sets
+from xcalib.collect.ranks import Ranks
 from xcalib.data import SampleSet, pooled
 from xcalib.errors import ModelError
 from xcalib.models.structure import describe_model
@@ -74,6 +76,7 @@ def search(
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
+    workers: Workers = None,
     resume: opt.Resume = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it exists.")] = False,
     force: Annotated[
@@ -89,59 +92,71 @@ def search(
     Exit code 3, and no file, when held-out data say that a target is missed; 2 for bad input.
     """
     targets = parse_targets(target or [])
-    opt.check_output(out, overwrite)
+    if speaks():
+        opt.check_output(out, overwrite)
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
-    measured = load_curve_sets(curves) if curves else None
-    if measured is not None:
-        tokens = opt.lengths_of_curves(measured, tokens, given=bool(lengths or max_length))
-        for one in measured:  # before the model is loaded
-            require_measured(one, objective)
+    settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
+    _check_model(model, curves, refine_trials)
     chosen: dict[str, Any] = {"method": method, "objective": objective, "start_threshold": start_threshold}
-    if model is None:
-        if measured is None:
-            raise typer.BadParameter("give MODEL, or --curves FOLDER", param_hint="MODEL")
-        if refine_trials:
-            raise typer.BadParameter("needs MODEL: trials run it", param_hint="--refine")
-        profile = build_profile(measured, targets, **chosen)
-    else:
-        settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
-        loaded = opt.open_model(model, device, dtype, trust_remote_code)
-        if measured is not None:
-            _same_model(measured[0].model, loaded)
-        how: dict[str, Any] = {"min_length": min_length, "seed": seed}
-        samples = opt.read_sets(data, loaded, tokens, num_samples=num_samples, split="calibration", **how)
-        used = [one.calibration["documents"] for one in measured] if measured else [pooled(samples).documents]
-        exclude = tuple(sorted(set().union(*used)))
-        folder = opt.work_folder(model, work)
-        adjust, heldout = None, None
-        if refine_trials:
-            adjust, exclude = refining(
-                loaded,
-                data,
-                samples,
-                exclude,
-                trials=refine_trials,
-                folder=folder,
-                resume=resume,
-                lengths=tokens,
-                **how,
-            )
-        if heldout_samples:
-            how["exclude"] = exclude
-            heldout = pooled(
-                opt.read_sets(heldout_data or data, loaded, tokens, num_samples=heldout_samples, split="heldout", **how)
-            )
+    with joined(workers) as ranks:
+        _check_shared(model, refine_trials, ranks)
+        with ranks.together():
+            measured = load_curve_sets(curves) if curves else None
+            if measured is not None:
+                tokens = opt.lengths_of_curves(measured, tokens, given=bool(lengths or max_length))
+                for one in measured:  # before the model is loaded
+                    require_measured(one, objective)
+        if model is None:
+            assert measured is not None  # checked above
+            write_profile(build_profile(measured, targets, **chosen), out, as_json)
+            _say_without_rounds(rounds, method, measured, ())  # at the end: what goes wrong gives one line, its own
+            return
+        with ranks.together():
+            loaded = opt.open_model(model, device, dtype, trust_remote_code, ranks)
+            if measured is not None:
+                _same_model(measured[0].model, loaded)
+            how: dict[str, Any] = {"min_length": min_length, "seed": seed}
+            samples = opt.read_sets(data, loaded, tokens, num_samples=num_samples, split="calibration", **how)
+            used = [one.calibration["documents"] for one in measured] if measured else [pooled(samples).documents]
+            exclude = tuple(sorted(set().union(*used)))
+            folder = opt.work_folder(model, work)
+            adjust, heldout = None, None
+            if refine_trials:
+                adjust, exclude = refining(
+                    loaded, data, samples, exclude, trials=refine_trials, folder=folder, resume=resume, lengths=tokens, **how
+                )  # fmt: skip
+            if heldout_samples:
+                how |= {"num_samples": heldout_samples, "split": "heldout", "exclude": exclude}
+                heldout = pooled(opt.read_sets(heldout_data or data, loaded, tokens, **how))
         with resumable("run the same command with --resume"), reporting_misses(out, as_json):
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
                 rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
-                progress=progress, **chosen,
+                progress=progress, ranks=ranks, **chosen,
             )  # fmt: skip
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)
-    write_profile(profile, out, as_json)
-    if model is None and measured is not None:
-        _say_without_rounds(rounds, method, measured, ())  # at the end: what goes wrong gives one line, its own
+        if ranks.leader:
+            write_profile(profile, out, as_json)
+
+
+def _check_model(model: str | None, curves: Path | None, refine_trials: int) -> None:
+    """Refuse what cannot be done without MODEL."""
+    if model is None and curves is None:
+        raise typer.BadParameter("give MODEL, or --curves FOLDER", param_hint="MODEL")
+    if model is None and refine_trials:
+        raise typer.BadParameter("needs MODEL: trials run it", param_hint="--refine")
+
+
+def _check_shared(model: str | None, refine_trials: int, ranks: Ranks) -> None:
+    """Refuse what ranks cannot share."""
+    if ranks.size > 1 and model is None:
+        raise typer.BadParameter("needs MODEL: without it there is nothing to share out", param_hint="--workers")
+    if ranks.size > 1 and refine_trials:
+        raise typer.BadParameter(
+            "goes without --workers and torchrun: search first, then run xcalib refine, which has workers of its own",
+            param_hint="--refine",
+        )
 
 
 def _same_model(identity: dict[str, Any], loaded: Any) -> None:

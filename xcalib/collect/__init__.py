@@ -5,13 +5,18 @@ One dense pass per sample carries the sweep of all thresholds; then the gain of 
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, Measure, load_curves, save_curves
 from xcalib.collect.job import Job
 from xcalib.collect.lengths import labelled, load_curve_sets, measured_length, open_index, write_index
-from xcalib.collect.units import Units
+from xcalib.collect.ranks import ALONE, Ranks
+from xcalib.collect.shares import Shares, open_units
 from xcalib.data import SampleSet, check_sets
 from xcalib.models.structure import describe_model
 from xcalib.progress import Progress, silent
@@ -39,6 +44,7 @@ def collect(
     name: str | None = None,
     resume: bool = False,
     progress: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> Curves:
     """Measure a model's curves and layer gains, and save them.
 
@@ -51,24 +57,51 @@ def collect(
         folder: new or empty, or of the collection to resume; receives ``curves.safetensors`` and ``curves.json``.
         settings: what is measured; default :class:`CollectSettings`.
         name: what the user calls the model.
-        resume: go on with what ``folder`` holds.
+        resume: go on with what ``folder`` holds, with any number of ranks.
         progress: draws the work.
+        ranks: processes that share the samples (docs/many-gpus.md); each has its own copy of the model and the same samples, and
+            gets the curves. Rank 0 writes them.
 
     Raises:
         CurvesError: the folder cannot be used.
         ModelError: the model cannot be measured, or its activations are not finite.
+        RankError: another rank failed.
     """
     settings = settings or CollectSettings()
     identity = describe_model(model, name)
-    units = Units(folder, _identity(identity.model_dump(), model, samples, settings), resume=resume)
-    if resume and (units.folder / "curves.json").is_file():
-        return load_curves(units.folder)
-    job = Job(model, identity.query_heads, samples, settings, units, progress)
+    units = open_units(folder, _identity(identity.model_dump(), model, samples, settings), resume=resume, ranks=ranks)
+    done = np.array(resume and (units.folder / "curves.json").is_file())
+    if ranks.same(done):
+        return _load_on_all(units.folder, ranks)
+    job = Job(model, identity.query_heads, samples, settings, Shares(units, progress, ranks))
     curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
     curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
-    save_curves(curves, units.folder)
+    with ranks.together():
+        if ranks.leader:
+            save_curves(curves, units.folder)
     units.discard()
     return curves
+
+
+def _load_on_all(folder: Path, ranks: Ranks) -> Curves:
+    """Finished curves, of which the hosts of other ranks may have no copy."""
+    names = ("curves.json", "curves.safetensors")
+    curves, files = None, None
+    with ranks.together():
+        if ranks.leader:
+            curves = load_curves(folder)
+            files = (
+                {name: np.frombuffer((folder / name).read_bytes(), np.uint8) for name in names}
+                if ranks.size > 1
+                else {}
+            )
+    files = ranks.broadcast(files)
+    if curves is not None:
+        return curves
+    with tempfile.TemporaryDirectory() as copy:
+        for name in names:
+            (Path(copy) / name).write_bytes(files[name].tobytes())
+        return load_curves(copy)
 
 
 def collect_lengths(
@@ -80,6 +113,7 @@ def collect_lengths(
     name: str | None = None,
     resume: bool = False,
     progress: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> tuple[Curves, ...]:
     """Measure a model at several lengths: a collection of its own, as :func:`collect` makes it, for each set of samples.
 
@@ -90,25 +124,32 @@ def collect_lengths(
             done, ``lengths.json``; with one set it is that set's own folder.
         settings: what is measured, the same at every length.
         name: what the user calls the model.
-        resume: go on with what ``folder`` holds.
+        resume: go on with what ``folder`` holds, with any number of ranks.
         progress: draws the work.
+        ranks: as in :func:`collect`.
 
     Raises:
         CurvesError: the folder cannot be used, or holds other lengths.
         DataError: as :func:`xcalib.data.check_sets`.
         ModelError: the model cannot be measured, or its activations are not finite.
+        RankError: another rank failed.
     """
-    options: dict[str, Any] = {"settings": settings, "name": name, "resume": resume}
+    options: dict[str, Any] = {"settings": settings, "name": name, "resume": resume, "ranks": ranks}
     if len(sets) == 1:
         return (collect(model, sets[0], folder, progress=progress, **options),)
     check_sets(sets)
     lengths = [samples.length for samples in sets]
-    root = open_index(folder, lengths, resume=resume)
+    root = Path(folder)
+    with ranks.together():
+        if ranks.leader:
+            open_index(root, lengths, resume=resume)
     curves = tuple(
         collect(model, samples, root / str(length), progress=labelled(progress, length), **options)
         for samples, length in zip(sets, lengths, strict=True)
     )
-    write_index(root, lengths)
+    with ranks.together():
+        if ranks.leader:
+            write_index(root, lengths)
     return curves
 
 

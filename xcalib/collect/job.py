@@ -1,8 +1,8 @@
-"""The steps of a collection; each unit of work is on disk before the next begins."""
+"""The steps of a collection; each unit of work is on disk before the next begins, and ranks share the units."""
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,14 +14,11 @@ from xcalib.collect.curves import CollectSettings, Curves
 from xcalib.collect.gains import GainMeter
 from xcalib.collect.measure import SampleCurves, Sweeper
 from xcalib.collect.measures import Measures
-from xcalib.collect.units import Units
+from xcalib.collect.shares import Advance, Arrays, Shares
 from xcalib.data import SampleSet
 from xcalib.errors import CurvesError, ModelError
-from xcalib.progress import Progress
 
 __all__ = ["Job"]
-
-Arrays = dict[str, np.ndarray]
 
 
 class Job:
@@ -33,16 +30,13 @@ class Job:
         query_heads: int,
         samples: SampleSet,
         settings: CollectSettings,
-        units: Units,
-        progress: Progress,
+        shares: Shares,
     ) -> None:
         self._model = model
         self._heads = query_heads
         self._samples = samples
         self._settings = settings
-        self._units = units
-        self._progress = progress
-        self._hidden: list[np.ndarray] = []  # of each sample, where gains are measured
+        self._shares = shares
 
     # Made when first used: a resumed collection may have nothing left for them.
     @cached_property
@@ -59,20 +53,12 @@ class Job:
         shortest = min(len(sample.tokens) for sample in self._samples.samples)
         if shortest < self._settings.gain_every:
             raise CurvesError(f"gain_every is {self._settings.gain_every}, but a sample has only {shortest} tokens")
-        done: list[Arrays] = []
-        with self._progress(f"Measuring {count} samples", count * depth) as advance:
-            for index in range(count):
-
-                def sweep(index: int = index) -> Arrays:
-                    return self._sweep(index, advance)
-
-                done.append(self._unit(f"sample-{index:05d}", sweep, advance, depth))
+        done = list(self._each(f"Measuring {count} samples", "sample", self._sweep, [depth] * count, local=("hidden",)))
         layers = tuple(int(layer) for layer in done[0]["layers"])
         if any(tuple(unit["layers"]) != layers for unit in done):
             raise ModelError("samples attend sparsely in different layers: use samples of more similar length")
         reasons: dict[str, int] = {}
         for unit in done:
-            self._hidden.append(unit["hidden"])
             reasons |= json.loads(bytes(unit["reasons"]))
         sums = {key: np.stack([unit[key] for unit in done]) for key in ("error", "energy", "kept", "visible", "tokens")}
         empty = {key: np.zeros(0) for key in ("gain", "gain_kl", "gain_error", "joint_sum", "joint_kl")}
@@ -83,15 +69,13 @@ class Job:
         count, depth = min(self._settings.gain_samples, len(self._samples.samples)), len(curves.layers)
         tables = zip(curves.density, curves.relative_error, strict=True)
         levels = np.stack([allocate(density, error, self._settings.gain_density) for density, error in tables])
+        levels = self._shares.ranks.same(levels)
         thresholds = curves.grid[levels]  # (layers, heads): every layer at the same density
-        kl = []
-        with self._progress(f"Measuring {depth} layer gains", count * depth) as advance:
-            for index in range(count):
 
-                def alone(index: int = index) -> Arrays:
-                    return {"kl": self._meter.alone(self._tokens(index), curves.layers, thresholds, advance)}
+        def alone(index: int, advance: Advance) -> Arrays:
+            return {"kl": self._meter.alone(self._tokens(index), curves.layers, thresholds, advance)}
 
-                kl.append(self._unit(f"gain-{index:05d}", alone, advance, depth)["kl"])
+        kl = [unit["kl"] for unit in self._each(f"Measuring {depth} layer gains", "gain", alone, [depth] * count)]
         error = _sample_error(curves, count, levels[None])[:, :, 0]  # (samples, layers)
         if (error.sum(axis=0) == 0).any():
             raise CurvesError("a layer's heads lose nothing at any threshold; use longer samples or smaller blocks")
@@ -105,18 +89,16 @@ class Job:
         """
         count, densities = len(self._samples.samples), self._settings.joint_densities
         numbers = [len(densities) if index < len(curves.gain_kl) else 1 for index in range(count)]
+
+        def together(index: int, advance: Advance) -> Arrays:
+            others = np.arange(count) != index if count > 1 else np.ones(1, dtype=bool)
+            thresholds = curves.grid[_allocations(curves, others, densities[: numbers[index]])]
+            tokens, dense = self._tokens(index), self._hidden(index)
+            return {"kl": self._meter.together(tokens, curves.layers, thresholds, dense, advance)}
+
         kl = np.full((count, len(densities)), np.nan)
-        with self._progress("Measuring all layers together", sum(numbers)) as advance:
-            for index, number in enumerate(numbers):
-                others = np.arange(count) != index if count > 1 else np.ones(1, dtype=bool)
-                thresholds = curves.grid[_allocations(curves, others, densities[:number])]
-
-                def together(index: int = index, thresholds: np.ndarray = thresholds) -> Arrays:
-                    dense = self._hidden[index]
-                    kl = self._meter.together(self._tokens(index), curves.layers, thresholds, dense, advance)
-                    return {"kl": kl}
-
-                kl[index, :number] = self._unit(f"joint-{index:05d}", together, advance, number)["kl"]
+        for index, unit in enumerate(self._each("Measuring all layers together", "joint", together, numbers)):
+            kl[index, : numbers[index]] = unit["kl"]
         levels = _allocations(curves, np.ones(count, dtype=bool), densities)
         losses = np.einsum("l,slj->sj", curves.gain, _sample_error(curves, count, levels))
         return dataclasses.replace(curves, joint_sum=losses, joint_kl=kl)
@@ -126,7 +108,7 @@ class Job:
         if not self._settings.measures:
             return curves
         tokens = [self._tokens(index) for index in range(len(self._samples.samples))]
-        others = Measures(self._model, tokens, self._settings, self._unit, self._progress)
+        others = Measures(self._model, tokens, self._settings, self._each)
         steps = {"fisher": others.fisher, "mass": others.mass}
         found: dict[str, Any] = {name: steps[name](curves.layers) for name in self._settings.measures}
         return dataclasses.replace(curves, **found)
@@ -134,17 +116,28 @@ class Job:
     def _tokens(self, index: int) -> torch.Tensor:
         return torch.tensor(self._samples.samples[index].tokens, device=next(self._model.parameters()).device)
 
-    def _unit(self, name: str, measure: Callable[[], Arrays], advance: Callable[[int], None], steps: int) -> Arrays:
-        """A finished unit from disk, or measure it and keep it."""
-        unit = self._units.load(name)
-        if unit is None:
-            unit = measure()
-            self._units.save(name, unit)
-        else:
-            advance(steps)
-        return unit
+    def _each(
+        self,
+        what: str,
+        kind: str,
+        measure: Callable[[int, Advance], Arrays],
+        steps: Sequence[int],
+        *,
+        local: tuple[str, ...] = (),
+    ) -> Iterator[Arrays]:
+        """Units of one kind, one for each of the first samples, on all ranks; ``steps`` of progress each."""
+        names = [f"{kind}-{index:05d}" for index in range(len(steps))]
+        return self._shares.each(what, names, measure, steps, local=local)
 
-    def _sweep(self, index: int, advance: Callable[[int], None]) -> Arrays:
+    def _hidden(self, index: int) -> np.ndarray:
+        """The dense model's last hidden states where gains are measured, from this rank's disk if it is there."""
+        assert self._shares.units is not None  # a collection has a folder
+        unit = self._shares.units.load(f"sample-{index:05d}")
+        if unit is None:  # on the disk of another host
+            unit = self._sweep(index, lambda _steps: None)
+        return unit["hidden"]
+
+    def _sweep(self, index: int, advance: Advance) -> Arrays:
         try:
             return _as_unit(self._sweeper.measure(self._tokens(index), advance))
         except ModelError as error:

@@ -1,7 +1,6 @@
 """What only some objectives need, measured when ``CollectSettings.measures`` asks for it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,16 +9,15 @@ import torch
 from xcalib.collect.curves import CollectSettings
 from xcalib.collect.fisher import FisherMeter, square_roots
 from xcalib.collect.measure import each_layer
+from xcalib.collect.shares import Advance, Arrays
 from xcalib.errors import ModelError
 from xcalib.kernels.mass import dropped_mass
 from xcalib.models.attention import AttentionCall
-from xcalib.progress import Progress
 
 __all__ = ["Measures"]
 
-Advance = Callable[[int], None]
-Arrays = dict[str, np.ndarray]
-Unit = Callable[[str, Callable[[], Arrays], Advance, int], Arrays]
+# what is measured, the units' kind, what measures one, and its steps of progress
+Each = Callable[[str, str, Callable[[int, Advance], Arrays], Sequence[int]], Iterator[Arrays]]
 
 
 class Measures:
@@ -29,18 +27,14 @@ class Measures:
         model: a transformers causal language model.
         samples: tokens of each, int64 ``(length,)``.
         settings: of the collection.
-        unit: gives a unit by its name: from disk, or measured and kept; then what advances the progress, and by how much.
-        progress: draws the work.
+        each: gives the units of all samples: from disk, or measured and kept.
     """
 
-    def __init__(
-        self, model: Any, samples: Sequence[torch.Tensor], settings: CollectSettings, unit: Unit, progress: Progress
-    ) -> None:
+    def __init__(self, model: Any, samples: Sequence[torch.Tensor], settings: CollectSettings, each: Each) -> None:
         self._model = model
         self._samples = samples
         self._settings = settings
-        self._unit = unit
-        self._progress = progress
+        self._shared = each
 
     def fisher(self, layers: Sequence[int]) -> np.ndarray:
         """The curves' ``fisher``: gradients of all samples first, then the errors that their covariance weighs.
@@ -91,10 +85,11 @@ class Measures:
         return np.stack([unit["mass"] for unit in self._each("mass", "attention mass", mass, len(layers))])
 
     def _each(self, name: str, what: str, measure: Callable[[int, Advance], Arrays], steps: int) -> Iterator[Arrays]:
+        def one(index: int, advance: Advance) -> Arrays:
+            try:
+                return measure(index, advance)
+            except ModelError as error:
+                raise ModelError(f"sample {index}: {error}") from error
+
         count = len(self._samples)
-        with self._progress(f"Measuring {what} of {count} samples", count * steps) as advance:
-            for index in range(count):
-                try:
-                    yield self._unit(f"{name}-{index:05d}", partial(measure, index, advance), advance, steps)
-                except ModelError as error:
-                    raise ModelError(f"sample {index}: {error}") from error
+        return self._shared(f"Measuring {what} of {count} samples", name, one, [steps] * count)

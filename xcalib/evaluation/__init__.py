@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from xcalib.collect.ranks import ALONE, Ranks
+from xcalib.collect.shares import Advance, Arrays, Shares
 from xcalib.collect.units import Units
 from xcalib.data import Sample, SampleSet, pooled, score
 from xcalib.errors import DataError, ModelError
@@ -120,6 +122,7 @@ def evaluate_plans(
     lengths: Sequence[int] = (),
     units: Units | None = None,
     progress: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Measure the dense model and each plan on every sample.
 
@@ -132,6 +135,7 @@ def evaluate_plans(
         lengths: that samples were drawn at, in tokens, if several: the result has them apart.
         units: where finished samples are kept, so that an interrupted evaluation goes on.
         progress: draws the work.
+        ranks: processes that share the samples; all get the result.
 
     Raises:
         ModelError: hidden states are not finite or the model's head is not supported.
@@ -143,21 +147,17 @@ def evaluate_plans(
             f"every is {every}, expected an odd number of at most {shortest}, the tokens of the shortest sample"
         )
     head = LogitHead(model)
-    results = []
-    with progress(f"Evaluating {len(data.samples)} samples", len(data.samples) * (1 + len(plans))) as advance:
-        for index, sample in enumerate(data.samples):
-            unit = units.load(f"evaluated-{index:05d}") if units else None
-            if unit is None:
-                try:
-                    result = _evaluate_sample(model, head, sample, plans, tokenizer, every, advance)
-                except ModelError as error:
-                    raise ModelError(f"sample {index}: {error}") from error
-                if units:
-                    units.save(f"evaluated-{index:05d}", result.arrays())
-            else:
-                result = SampleResult(**unit)
-                advance(1 + len(plans))
-            results.append(result)
+
+    def measure(index: int, advance: Advance) -> Arrays:
+        try:
+            return _evaluate_sample(model, head, data.samples[index], plans, tokenizer, every, advance).arrays()
+        except ModelError as error:
+            raise ModelError(f"sample {index}: {error}") from error
+
+    count = len(data.samples)
+    names = [f"evaluated-{index:05d}" for index in range(count)]
+    each = Shares(units, progress, ranks).each(f"Evaluating {count} samples", names, measure, [1 + len(plans)] * count)
+    results = [SampleResult(**unit) for unit in each]
     by_length = part_by_length(list(plans), results, data, _bins(plans), lengths)
     return dataclasses.replace(summarise(list(plans), results, data), by_length=by_length)
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from xcalib.collect import Curves
+from xcalib.collect.ranks import ALONE, Ranks
 from xcalib.data import Sample, SampleSet
 from xcalib.errors import TargetError
 from xcalib.evaluation import evaluate_plans
@@ -18,17 +19,22 @@ __all__ = ["drop_meters"]
 
 
 def drop_meters(
-    model: Any, sets: Sequence[SampleSet], measured: Sequence[Curves], tokenizer: Any, progress: Progress
+    model: Any,
+    sets: Sequence[SampleSet],
+    measured: Sequence[Curves],
+    tokenizer: Any,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> list[AccuracyDrop | None]:
     """A meter for each length, None where nothing is asked; none at all where the lengths are not those of the curves."""
     if len(sets) != len(measured):
         return [None] * len(measured)
     pairs = zip(sets, measured, strict=True)
-    return [_drop_meter(model, samples, curves, tokenizer, progress) for samples, curves in pairs]
+    return [_drop_meter(model, samples, curves, tokenizer, progress, ranks) for samples, curves in pairs]
 
 
 def _drop_meter(
-    model: Any, samples: SampleSet, curves: Curves, tokenizer: Any, progress: Progress
+    model: Any, samples: SampleSet, curves: Curves, tokenizer: Any, progress: Progress, ranks: Ranks
 ) -> AccuracyDrop | None:
     """Measures by how much accuracy falls on the calibration samples that have answers; None without any."""
     asking: tuple[Sample, ...] = tuple(sample for sample in samples.samples if sample.answers)
@@ -43,7 +49,7 @@ def _drop_meter(
             for number, taus in enumerate(candidates)
         }
         data = SampleSet(samples=asking, dropped={}, specs=samples.specs, split=samples.split, seed=samples.seed)
-        found = evaluate_plans(model, data, plans, tokenizer=tokenizer, progress=progress)
+        found = evaluate_plans(model, data, plans, tokenizer=tokenizer, progress=progress, ranks=ranks)
         dense = found.dense.accuracy
         if not dense:
             raise TargetError(

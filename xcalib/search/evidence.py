@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from xcalib.collect.ranks import ALONE, Ranks
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.evaluation import Evaluation, evaluate_plans
@@ -23,6 +24,7 @@ def add_evidence(
     tokenizer: Any = None,
     units: Units | None = None,
     progress: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> Profile:
     """Measure every operating point on held-out samples; the profile with the figures, each point verified or not.
 
@@ -30,7 +32,7 @@ def add_evidence(
         ModelError: hidden states are not finite or the model's head is not supported.
     """
     plans = {point.name: sparse_plan(profile, point.name) for point in profile.points}
-    found = evaluate_plans(model, heldout, plans, tokenizer=tokenizer, units=units, progress=progress)
+    found = evaluate_plans(model, heldout, plans, tokenizer=tokenizer, units=units, progress=progress, ranks=ranks)
     return with_evidence(profile, found)
 
 

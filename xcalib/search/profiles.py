@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from xcalib.collect import CollectSettings, Curves, collect_lengths, measured_length
-from xcalib.collect.units import Units
+from xcalib.collect.ranks import ALONE, Ranks
+from xcalib.collect.shares import open_units
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, pooled
 from xcalib.errors import TargetError, XcalibWarning
 from xcalib.evaluation import refuse_overlap
@@ -83,6 +84,7 @@ def search(
     force: bool = False,
     adjust: Callable[[Profile, Sequence[Curves]], Profile] | None = None,
     progress: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> Profile:
     """Measure a model, find the thresholds of each operating point, and measure these on held-out data.
 
@@ -106,10 +108,11 @@ def search(
         name: what the user calls the model.
         rounds: how often to measure with all layers sparse and search again, from what the knapsack found first
             (:mod:`xcalib.search.sequential`); 0 leaves it out, and it is left out where the samples are not the curves'.
-        resume: go on with what ``folder`` holds.
+        resume: go on with what ``folder`` holds, with any number of ranks.
         force: return the profile although a point misses its target on held-out data; the point is marked unverified.
         adjust: changes what was found before it is measured on held-out data, as a refinement does.
         progress: draws the work.
+        ranks: processes that share the samples of every measurement, as in :func:`xcalib.collect.collect`; all get the profile.
 
     Raises:
         TargetMissedError: held-out data say that a target is missed (the rule: docs/search.md); it carries the profile.
@@ -130,16 +133,17 @@ def search(
             settings = measuring(settings or CollectSettings(), objective)
             refuse_unreachable(targets, sets, settings.block_size)
             measured = collect_lengths(
-                model, sets, root / "curves", settings=settings, name=name, resume=resume, progress=progress
-            )
-        again = Rounds(rounds if method == "knapsack" else 0, sets, measured, root / "rounds")
+                model, sets, root / "curves", settings=settings, name=name, resume=resume, progress=progress,
+                ranks=ranks,
+            )  # fmt: skip
+        again = Rounds(rounds if method == "knapsack" else 0, sets, measured, root / "rounds", ranks)
         profile = build_profile(
             measured,
             targets,
             method=method,
             objective=objective,
             start_threshold=start_threshold,
-            accuracy_drop=drop_meters(model, sets, measured, tokenizer, progress),
+            accuracy_drop=drop_meters(model, sets, measured, tokenizer, progress, ranks),
             improve=again.improvers(model, objective, progress),
         )
         if adjust is not None:
@@ -148,8 +152,10 @@ def search(
             identity = _evidence_identity(profile, heldout)
             # a folder of its own: other targets on the same curves are no reason to refuse
             stamp = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-            units = Units(root / "heldout" / stamp, identity, resume=resume)
-            profile = add_evidence(model, profile, heldout, tokenizer=tokenizer, units=units, progress=progress)
+            units = open_units(root / "heldout" / stamp, identity, resume=resume, ranks=ranks)
+            profile = add_evidence(
+                model, profile, heldout, tokenizer=tokenizer, units=units, progress=progress, ranks=ranks
+            )
             enforce(profile, force=force)  # a miss leaves what was measured where it is, for the same with force
             shutil.rmtree(units.folder, ignore_errors=True)
         again.discard()

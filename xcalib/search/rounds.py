@@ -11,6 +11,8 @@ from typing import Any
 
 from xcalib.collect import Curves, measured_length
 from xcalib.collect.lengths import labelled
+from xcalib.collect.ranks import ALONE, Ranks
+from xcalib.collect.shares import Shares, open_units
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.progress import Progress
@@ -32,8 +34,16 @@ def are_measured_on(measured: Sequence[Curves], sets: Sequence[SampleSet]) -> bo
 class Rounds:
     """Goes on from the first search by measuring with all layers sparse, where the samples are those of the curves."""
 
-    def __init__(self, count: int, sets: Sequence[SampleSet], measured: Sequence[Curves], folder: Path) -> None:
+    def __init__(
+        self,
+        count: int,
+        sets: Sequence[SampleSet],
+        measured: Sequence[Curves],
+        folder: Path,
+        ranks: Ranks = ALONE,
+    ) -> None:
         """``count`` rounds at most; finished measurements are kept below ``folder``, from an earlier run too."""
+        self._ranks = ranks
         self._count = count if are_measured_on(measured, sets) else 0
         self._pairs = list(zip(sets, measured, strict=True)) if self._count else []
         self._folder = folder
@@ -62,9 +72,9 @@ class Rounds:
         }
         stamp = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         # A unit's name says which thresholds it measured: another target, or an objective, may take up what is there.
-        units = Units(self._folder / stamp, identity, resume=True)
+        units = open_units(self._folder / stamp, identity, resume=True, ranks=self._ranks)
         self._units.append(units)
         if len(self._pairs) > 1:
             progress = labelled(progress, measured_length(curves))
-        work = Sequential(model, samples, Tables.of(curves, objective), units=units, progress=progress)
+        work = Sequential(model, samples, Tables.of(curves, objective), Shares(units, progress, self._ranks))
         return lambda target, planned: work.improve(target, planned, self._count)

@@ -8,7 +8,7 @@ that model, and the step is taken if it lowers the KL of samples that had no say
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,12 +18,11 @@ import numpy.typing as npt
 import torch
 
 from xcalib.collect.gains import GainMeter
+from xcalib.collect.shares import Advance, Arrays, Shares
 from xcalib.collect.slopes import SlopeMeter
-from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.models.logits import LogitHead, sampled_positions
 from xcalib.profile import SearchRound
-from xcalib.progress import Progress, silent
 from xcalib.search.knapsack import knapsack, knapsack_min_cost
 from xcalib.search.plan import Planned, Tables
 from xcalib.search.targets import Target
@@ -60,9 +59,7 @@ class Sequential:
         model: Any,
         samples: SampleSet,
         tables: Tables,
-        *,
-        units: Units | None = None,
-        progress: Progress = silent,
+        shares: Shares | None = None,
     ) -> None:
         """Prepare; nothing is measured yet.
 
@@ -70,15 +67,14 @@ class Sequential:
             model: a transformers causal language model, in evaluation mode.
             samples: those of the curves.
             tables: of those curves.
-            units: where finished measurements are kept, so that an interrupted search goes on.
-            progress: draws the work.
+            shares: where finished measurements are kept, so that an interrupted search goes on, what draws the work, and the
+                ranks that share the samples; default none of these.
         """
         self._model = model
         self._samples = samples
         self._tables = tables
         self._curves = tables.curves
-        self._units = units
-        self._progress = progress
+        self._shares = shares or Shares()
         self._point = ""  # what is said to be worked on
         self._dense: dict[int, torch.Tensor] = {}
 
@@ -97,7 +93,7 @@ class Sequential:
         if target.kind == "drop" or rounds < 1:
             return planned
         self._point = target.name
-        levels = self._levels_of(planned.thresholds)
+        levels = self._shares.ranks.same(self._levels_of(planned.thresholds))
         state = _State(levels, self._cost(levels), self._kl("as found", [levels] * self._count))
         optimism = planned.kl / max(state.kl.mean(), 1e-12)  # the curves' prediction is cross-validated
         slopes, damping, record = None, DAMPING, []
@@ -105,11 +101,13 @@ class Sequential:
             if slopes is None:
                 slopes = self._slopes(state.levels)
             step, expected = self._step(target, state, slopes, damping, optimism)
+            step = self._shares.ranks.same(step)
             if np.array_equal(step, state.levels):
                 damping *= EASED
                 continue
             new = _State(step, self._cost(step), self._kl("after a step", [step] * self._count))
-            others = self._kl("on other samples", self._fold_levels(target, state, slopes, damping, optimism))
+            folds = self._shares.ranks.same(np.stack(self._fold_levels(target, state, slopes, damping, optimism)))
+            others = self._kl("on other samples", list(folds))
             taken = self._is_better(target, state, new, others, optimism)
             record.append(_round(expected, new, others, taken))
             if not taken:
@@ -211,31 +209,26 @@ class Sequential:
 
     def _slopes(self, levels: IntArray) -> FloatArray:
         """fp64 ``(samples, layers, heads, levels)``."""
-        found = []
-        with self._progress(f"{self._point}: measuring what heads do to each other", self._count) as advance:
-            for index in range(self._count):
 
-                def measure(index: int = index) -> np.ndarray:
-                    return self._slope_meter.measure(self._tokens(index), levels, self._dense_hidden(index)).slope
+        def measure(index: int, advance: Advance) -> Arrays:
+            found = self._slope_meter.measure(self._tokens(index), levels, self._dense_hidden(index))
+            advance(1)
+            return {"slope": found.slope}
 
-                found.append(self._unit("slopes", "slope", levels, index, measure))
-                advance(1)
-        return np.stack(found)
+        what = f"{self._point}: measuring what heads do to each other"
+        return np.stack([unit["slope"] for unit in self._each(what, "slopes", [levels] * self._count, measure)])
 
     def _kl(self, what: str, levels: Sequence[IntArray]) -> FloatArray:
         """Every sample's mean KL at levels of its own, fp64 ``(samples,)``."""
-        found = []
-        with self._progress(f"{self._point}: measuring the KL {what}", self._count) as advance:
-            for index, own in enumerate(levels):
 
-                def measure(index: int = index, own: IntArray = own) -> np.ndarray:
-                    dense = self._dense_hidden(index).numpy()
-                    thresholds = self._tables.grid[own][None]
-                    return self._meter.together(self._tokens(index), self._curves.layers, thresholds, dense)
+        def measure(index: int, advance: Advance) -> Arrays:
+            dense = self._dense_hidden(index).numpy()
+            thresholds = self._tables.grid[levels[index]][None]
+            kl = self._meter.together(self._tokens(index), self._curves.layers, thresholds, dense, advance)
+            return {"kl": kl}
 
-                found.append(float(self._unit("kl", "kl", own, index, measure)[0]))
-                advance(1)
-        return np.array(found)
+        what = f"{self._point}: measuring the KL {what}"
+        return np.array([float(unit["kl"][0]) for unit in self._each(what, "kl", levels, measure)])
 
     def _tokens(self, index: int) -> torch.Tensor:
         return torch.tensor(self._samples.samples[index].tokens, device=next(self._model.parameters()).device)
@@ -247,16 +240,13 @@ class Sequential:
             self._dense[index] = hidden[sampled_positions(self._curves.settings.gain_every)].float().cpu().clone()
         return self._dense[index]
 
-    def _unit(self, kind: str, key: str, levels: IntArray, index: int, measure: Callable[[], np.ndarray]) -> np.ndarray:
-        """What was measured of a sample at some levels: kept, or measured now and kept; the levels' digest names it."""
-        digest = hashlib.sha256(np.ascontiguousarray(levels, dtype="<i8").tobytes()).hexdigest()[:16]
-        name = f"{kind}-{digest}-{index:05d}"
-        unit = None if self._units is None else self._units.load(name)
-        if unit is None:
-            unit = {key: measure()}
-            if self._units is not None:
-                self._units.save(name, unit)
-        return unit[key]
+    def _each(
+        self, what: str, kind: str, levels: Sequence[IntArray], measure: Callable[[int, Advance], Arrays]
+    ) -> Iterator[Arrays]:
+        """What is measured of every sample at levels of its own; the levels' digest names the units."""
+        digests = [hashlib.sha256(np.ascontiguousarray(own, dtype="<i8").tobytes()).hexdigest()[:16] for own in levels]
+        names = [f"{kind}-{digest}-{index:05d}" for index, digest in enumerate(digests)]
+        return self._shares.each(what, names, measure, [1] * self._count)
 
 
 def _round(expected: float, new: _State, others: FloatArray, taken: bool) -> SearchRound:
