@@ -37,7 +37,7 @@ def check_run(record: Mapping[str, Any], machine: Machine) -> list[Row]:
     shape, settings = ModelShape(**record["shape"]), record["settings"]
     lengths, heldout = record["lengths"], record["heldout_lengths"]
     chosen = {key: settings[key] for key in ("stride", "block_size", "gain_samples", "gain_every", "levels")}
-    chosen |= {"joint_densities": tuple(settings["joint_densities"]), "densities": (settings["density"],)}
+    chosen |= {key: tuple(settings[key]) for key in ("joint_densities", "densities")}
     job = Job(lengths=tuple(lengths), samples=1, **chosen)
     few = min(job.gain_samples, len(lengths))
 

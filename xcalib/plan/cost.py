@@ -37,6 +37,12 @@ __all__ = [
 # its backward pass has five products of matrices where a forward one has two.
 FORWARDS, BACKWARD = 3, 2.5
 
+# Of the rows of blocks that the reference sweeps, those whose weights need fp64: where a query's peak lies far above all that is always
+# kept. It depends on the model and the text: 45 % of the retrieval model's rows (docs/scale.md).
+DOUBLE = 0.5
+# Bytes of the reference's largest temporary, the levels of one row of blocks, above which it no longer stays in a CPU's cache.
+CACHE = 4 << 20
+
 
 @dataclass(frozen=True)
 class Work:
@@ -58,9 +64,9 @@ class Work:
         """Multiplications and additions of matrix products."""
         return sum(amount for name, amount in self.amounts.items() if name.endswith(".flops"))
 
-    def operation(self, name: str) -> "Work":
-        """The part that one operation does."""
-        return Work({term: amount for term, amount in self.amounts.items() if term.partition(".")[0] == name})
+    def without(self, *names: str) -> "Work":
+        """All but some amounts."""
+        return Work({name: amount for name, amount in self.amounts.items() if name not in names})
 
 
 def total(parts: Iterable[Work]) -> Work:
@@ -126,23 +132,31 @@ def selection(heads: int, length: int, *, block_size: int) -> Work:
     return _work("selection", entries=heads * blocks(length, block_size) ** 2, calls=1)
 
 
-def sweep(heads: int, head_dim: int, length: int, hidden: int, *, block_size: int, levels: int) -> Work:
+def sweep(
+    heads: int, head_dim: int, length: int, hidden: int, *, block_size: int, levels: int, double: float = DOUBLE
+) -> Work:
     """Every threshold's error in one layer, scoring left out (:func:`xcalib.kernels.sweep_thresholds`), and the layer's energy.
 
     Values are projected, every visible block is attended to once, and what the blocks give is added up by levels; ``members`` is
-    what the reference adds with products of matrices.
+    what the reference adds with products of matrices, ``double`` the share of its rows that it sums in fp64,
+    and ``spilled`` whether a row's levels outgrow a cache.
     """
     pairs = heads * _block_pairs(length, block_size)
-    number = blocks(length, block_size)
+    number, by_level = blocks(length, block_size), levels * heads * length * (head_dim + 1)
+    spilled = 4 * levels * heads * min(block_size, length) * (head_dim + 1) > CACHE
     return _work(
         "sweep",
         flops=4 * head_dim * pairs + 2 * heads * length * head_dim**2,
         pairs=pairs,
         members=2 * levels * pairs / block_size * (head_dim + 1),
-        levels=levels * heads * length * (head_dim + 1),
+        levels=by_level,
+        spilled_levels=by_level * spilled,
+        doubled=double * pairs * head_dim,
+        doubled_levels=double * by_level,
         entries=heads * number**2,
         energy=length * hidden,
         rows=number,
+        calls=1,
     )
 
 
@@ -155,6 +169,7 @@ def sparse(heads: int, head_dim: int, length: int, density: float, *, block_size
         pairs=pairs,
         gathered=2 * head_dim * pairs / block_size,
         tiles=heads * blocks(length, block_size),
+        calls=1,
     )
 
 

@@ -15,9 +15,14 @@ from xcalib._yaml import one_line
 from xcalib.errors import PlanError
 from xcalib.plan.cost import Work
 
-__all__ = ["SHIPPED", "Machine", "Timing", "fit", "load_machine"]
+__all__ = ["REFERENCE_ONLY", "SHIPPED", "Machine", "Timing", "fit", "load_machine"]
 
 SHIPPED = ("cpu", "h200")
+# What takes time in plain torch on a CPU and not in the kernels of a GPU: there what tensor cores do is taken as the cause.
+REFERENCE_ONLY = (
+    *("attention.pairs", "scoring.cells", "scoring.rows", "sparse.pairs", "sparse.gathered", "sparse.tiles", "sweep.pairs"),
+    *("sweep.members", "sweep.entries", "sweep.rows", "sweep.spilled_levels", "sweep.doubled", "sweep.doubled_levels"),
+)
 FORMAT = 1
 MAX_BYTES = 1 << 20
 
@@ -122,10 +127,14 @@ def _on_device(work: Work) -> dict[str, float]:
     return {name: amount for name, amount in work.amounts.items() if amount and not name.startswith("link.")}
 
 
-def fit(timings: Sequence[Timing]) -> tuple[dict[str, float], dict[str, float]]:
+def fit(timings: Sequence[Timing], zero: Sequence[str] = ()) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds per unit of every amount that occurs: non-negative least squares over relative deviations.
 
     A timing may be of several operations at once, or of a whole run. Each counts the same, however long it took.
+
+    Args:
+        timings: more of them than amounts.
+        zero: amounts that take no time.
 
     Returns:
         (rates by name; by operation, the largest relative deviation of a timing in which it is most of the time).
@@ -133,6 +142,7 @@ def fit(timings: Sequence[Timing]) -> tuple[dict[str, float], dict[str, float]]:
     Raises:
         PlanError: a timing has no time or no work.
     """
+    timings = [Timing(one.what, one.work.without(*zero), one.seconds) for one in timings]
     names = sorted({name for timing in timings for name in _on_device(timing.work)})
     if not names or any(not timing.seconds > 0 for timing in timings):
         raise PlanError("rates are fitted to timings of some work, each longer than 0 seconds")
@@ -144,7 +154,7 @@ def fit(timings: Sequence[Timing]) -> tuple[dict[str, float], dict[str, float]]:
     for timing, deviation in zip(timings, np.abs(table @ found - 1), strict=True):
         most = _longest(timing.work, rates)
         spread[most] = max(spread.get(most, 0.0), float(deviation))
-    return rates, spread
+    return rates | dict.fromkeys(zero, 0.0), spread
 
 
 def _longest(work: Work, rates: Mapping[str, float]) -> str:

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from xcalib._machine import host_memory, processor
+from xcalib._yaml import one_line
 from xcalib.collect.backward import masked_attention
 from xcalib.collect.curves import DEFAULT_GRID
+from xcalib.errors import PlanError
 from xcalib.kernels import block_sparse_attention, estimate_blocks, select_blocks, sweep_thresholds
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.reference import block_levels
@@ -25,14 +28,17 @@ from xcalib.models.logits import LogitHead
 from xcalib.models.structure import attention_layers, compact_projection, decoder_of, head_projection
 from xcalib.plan import cost
 from xcalib.plan.cost import Work
-from xcalib.plan.machine import Timing
+from xcalib.plan.machine import REFERENCE_ONLY, Machine, Timing, fit
 from xcalib.plan.shape import ModelShape, shape_of
 from xcalib.progress import Progress, silent
 
-__all__ = ["CPU_SIZES", "GPU_SIZES", "Heads", "Sizes", "measure"]
+__all__ = ["CPU_SIZES", "GPU_SIZES", "Heads", "Sizes", "measure", "measure_machine"]
 
+MARGIN = 0.25  # how far real runs were from what was predicted at most (docs/scale.md)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LEVELS = len(DEFAULT_GRID)
 STRIDE = 16
+FAR = 40  # times the queries: weights of what is always kept are then too small for fp32, and the reference takes fp64
 
 
 @dataclass(frozen=True)
@@ -60,13 +66,13 @@ class Sizes:
 CPU_SIZES = Sizes(
     heads=tuple(
         Heads(query, key, dimensions, length, block_size)
-        for query, key, dimensions in ((8, 2, 32), (6, 2, 64), (2, 1, 128))
+        for query, key, dimensions in ((8, 2, 32), (9, 3, 64), (2, 1, 128), (6, 2, 128))
         for length, block_size in ((512, 64), (1024, 128), (1536, 64), (2048, 128))
     ),
     models=((2, 128, 4, 512, 2048), (2, 256, 8, 704, 2048), (2, 576, 9, 1536, 16384)),
     lengths=(512, 1024, 2048),
     positions=128,
-    least_seconds=0.25,
+    least_seconds=0.2,
 )
 GPU_SIZES = Sizes(
     heads=tuple(
@@ -85,7 +91,7 @@ class _Clock:
     def __init__(self, device: torch.device, least: float) -> None:
         self.device = device
         self.least = least
-        self._now = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+        self._now = time.process_time if _own_time(device) else time.perf_counter
 
     def __call__(self, call: Callable[[], Any], most: int = 50) -> float:
         """Median seconds of a call, after one that is not counted."""
@@ -118,7 +124,9 @@ def measure(
     sizes = sizes or (GPU_SIZES if device.type == "cuda" else CPU_SIZES)
     clock = _Clock(device, sizes.least_seconds)
     timings: list[Timing] = []
-    with progress("Timing small layers", len(sizes.heads) + len(sizes.models)) as advance:
+    with progress("Timing small layers", 1 + len(sizes.heads) + len(sizes.models)) as advance:
+        list(_attention_timings(sizes.heads[-1], clock, dtype))  # the first of a process takes longer
+        advance(1)
         for heads in sizes.heads:
             timings += _attention_timings(heads, clock, dtype)
             advance(1)
@@ -126,6 +134,53 @@ def measure(
             timings += _model_timings(numbers, sizes, clock, dtype)
             advance(1)
     return timings
+
+
+def measure_machine(
+    name: str, device: str | None = None, dtype: str | None = None, progress: Progress = silent, sizes: Sizes | None = None
+) -> Machine:
+    """This machine's rates.
+
+    Args:
+        name: what to call it.
+        device: torch device, default ``cuda`` when there is one, else ``cpu``.
+        dtype: of weights; default ``bfloat16`` on a GPU, ``float32`` on a CPU.
+        progress: draws the work.
+        sizes: as for :func:`measure`.
+
+    Raises:
+        PlanError: the device or the dtype cannot be used.
+    """
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise PlanError(f"device {device!r} cannot be used: {one_line(str(error), 120)}") from error
+    dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    if dtype not in DTYPES:
+        raise PlanError(f"dtype is {dtype!r}, allowed are {', '.join(DTYPES)}")
+    timings = measure(where, DTYPES[dtype], sizes, progress)
+    rates, spread = fit(timings, REFERENCE_ONLY if where.type == "cuda" else ())
+    clock = "process time, one thread" if _own_time(where) else "wall time"
+    memory = torch.cuda.get_device_properties(where).total_memory if where.type == "cuda" else host_memory()
+    label = torch.cuda.get_device_name(where) if where.type == "cuda" else processor()
+    return Machine(
+        name=name,
+        device=where.type,
+        dtype=dtype,
+        memory_bytes=memory,
+        rates=rates,
+        spread=spread,
+        margin=MARGIN,
+        assumed=(),
+        link_bytes_per_second=None,
+        sources=(f"{len(timings)} timings of small layers on this {label}, {dtype}, {clock}, by xcalib plan --measure",),
+        measured={"processor": label, "threads": torch.get_num_threads(), "clock": clock},
+    )
+
+
+def _own_time(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def _attention_timings(size: Heads, clock: _Clock, dtype: torch.dtype) -> Iterator[Timing]:
@@ -155,7 +210,8 @@ def _attention_timings(size: Heads, clock: _Clock, dtype: torch.dtype) -> Iterat
             attend = partial(block_sparse_attention, query, key, value, mask, block_size=size.block_size)
             yield timed("sparse", kept, attend)
         yield timed("selection", cost.selection(size.query, size.length, block_size=size.block_size), select)
-        yield timed("sweep", *_sweep(query, key, value, size, scored))
+        for factor in (1, FAR) if clock.device.type == "cpu" else (1,):
+            yield timed("sweep", *_sweep(query * factor, key, value, size, scored))
     yield timed("masked", cost.masked(*shape), lambda: _masked(query, key, value, gradient, size))
     with torch.inference_mode():
         yield timed("slopes", *_slopes(query, key, value, gradient, scores, size))
@@ -175,12 +231,13 @@ def _sweep(
     projection = torch.randn(size.query, size.dimensions, size.dimensions, device=query.device)
     grid = torch.tensor(DEFAULT_GRID, dtype=torch.float64)
     output = query.transpose(1, 2).flatten(2)
-    work = cost.sweep(size.query, size.dimensions, size.length, hidden, block_size=size.block_size, levels=LEVELS)
+    shape = (size.query, size.dimensions, size.length, hidden)
+    double = float(float(query.std()) > 2)
+    work = cost.sweep(*shape, block_size=size.block_size, levels=LEVELS, double=double)
+    options: dict[str, Any] = {"stride": STRIDE, "block_size": size.block_size, "order": "recent"}
 
     def call() -> None:
-        sweep_thresholds(
-            query, key, value, grid, projection, stride=STRIDE, block_size=size.block_size, order="recent"
-        )
+        sweep_thresholds(query, key, value, grid, projection, **options)
         float(output.float().double().square().sum())  # the layer's energy
 
     return scored + work, call

@@ -150,19 +150,20 @@ def steps(shape: ModelShape, job: Job) -> tuple[Step, ...]:
     def others(shape: ModelShape, job: Job, length: int) -> Work:
         return joint(shape, job, length, job.joint_densities)
 
+    others_too = len(job.joint_densities) - 1
     swept = each(job.samples, samples)
     gained = each(gain_samples, gains)
     together = each(gain_samples, others) + each(job.samples - gain_samples, first)
     found = [
-        Step("samples", "sweep", f"{job.samples} dense passes with a sweep", swept, swept),
-        Step("gains", "gains", f"{gain_samples} x {shape.sparse_layers} layers switched alone", gained, gained),
-        Step("joint losses", "joint", f"{sum(b.count for b in together)} samples, all layers sparse", together, together),
+        Step("samples", "sweep", f"{len(job.lengths) * job.samples} sweeps", swept, swept),
+        Step("gains", "gains", f"{len(job.lengths) * gain_samples} x {shape.sparse_layers} layers", gained, gained),
+        Step("joint losses", "joint", f"{len(job.lengths) * (job.samples + gain_samples * others_too)} sparse passes", together, together),
     ]
     if job.rounds:
         found.append(_rounds(shape, job))
     if job.heldout:
         batches = each(job.heldout, evaluation)
-        passes = f"{job.heldout} samples, dense and at {len(job.densities)} points"
+        passes = f"{len(job.lengths) * job.heldout} x (1 dense, {len(job.densities)} sparse)"
         found.append(Step("held-out evaluation", "evaluate", passes, batches, batches))
     return tuple(found)
 
@@ -179,5 +180,5 @@ def _rounds(shape: ModelShape, job: Job) -> Step:
             kl = Batch(job.samples, kls(shape, job, length, (density,)))
             least += [kl, slope]  # no head moves
             most += [kl, *[slope, kl, kl] * job.rounds]
-    passes = f"{job.rounds} rounds for {len(job.densities)} points, 1 backward and 2 sparse passes a sample each"
+    passes = f"{len(job.densities)} points x {len(job.lengths) * job.samples} x up to ({1 + 2 * job.rounds} sparse, {job.rounds} backward)"
     return Step("rounds", "slopes", passes, tuple(least), tuple(most))

@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
         "lengths": [len(sample.tokens) for sample in samples.samples],
         "heldout_lengths": [len(sample.tokens) for sample in heldout.samples] if heldout else [],
         "settings": {key: getattr(settings, key) for key in ("stride", "block_size", "gain_samples", "gain_every")}
-        | {"levels": len(settings.grid), "joint_densities": list(settings.joint_densities), "density": DENSITY},
+        | {"levels": len(settings.grid), "joint_densities": list(settings.joint_densities), "densities": [DENSITY]},
         "phases": clock.phases,
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
