@@ -26,6 +26,7 @@ from xcalib.plan import (
 )
 from xcalib.plan.advice import gigabytes
 from xcalib.plan.calibration import COLLECT
+from xcalib.plan.steps import DENSITIES
 
 __all__ = ["plan"]
 
@@ -55,7 +56,7 @@ def plan(
         Sharding,
         typer.Option(
             help="How a model that one device cannot hold is spread: by layers (a device map, one device works at a time), by "
-            "heads (tensor parallel), or whatever fits and takes the least time."
+            "heads (tensor parallel), or whichever fits on fewer and takes less time."
         ),
     ] = "auto",
     machine: Annotated[
@@ -65,7 +66,9 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Time small layers on this machine and write its rates to --out.")
     ] = False,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Machine file that --measure writes.")] = Path("machine.json"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Machine file that --measure writes.")] = Path(
+        "machine.json"
+    ),
     device: opt.Device = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -89,7 +92,7 @@ def plan(
         gain_samples=gain_samples,
         rounds=rounds,
         heldout=heldout_samples,
-        **({"densities": tuple(density)} if density else {}),
+        densities=tuple(density or DENSITIES),
     )
     quiet_libraries()
     with status(f"Reading the configuration of {model}"):
@@ -105,7 +108,9 @@ def _measured(out: Path, device: str | None, dtype: str | None) -> Machine:
         raise PlanError(f"{out}: cannot be written: {'is a folder' if out.is_dir() else 'its folder does not exist'}")
     quiet_libraries()
     found = measure_machine(out.stem, device, dtype, progress)
-    versions = {name: metadata.version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()}
+    versions = {name: metadata.version(name) for name in ("torch", "transformers")} | {
+        "python": platform.python_version()
+    }
     record = found.record() | {"measured": dict(found.measured) | {"versions": versions}}
     replace_file(out, json.dumps(record, indent=1).encode() + b"\n")
     console.print(f"rates of this machine are in {out}", markup=False, soft_wrap=True)
@@ -123,8 +128,8 @@ def _heading(made: CalibrationPlan) -> str:
     shape, job = made.shape, made.job
     tokens = ", ".join(f"{length:,}" for length in job.lengths)
     return (
-        f"{shape.name}: {_count(shape.parameters)} parameters, {shape.layers} layers of {shape.q_heads} / {shape.kv_heads} heads, "
-        f"{made.dtype}; {job.samples} samples of {tokens} tokens on {made.placement.gpus} x {made.machine.name}"
+        f"{shape.name}: {_count(shape.parameters)} parameters, {shape.layers} layers of {shape.q_heads} / {shape.kv_heads} "
+        f"heads, {made.dtype}; {job.samples} samples of {tokens} tokens on {made.placement.gpus} x {made.machine.name}"
     )
 
 
@@ -146,9 +151,8 @@ def _flops(both: tuple[float, float]) -> str:
 
 
 def _range(low: float, high: float) -> str:
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
-        if high >= 1.5 * size or size == 1.0:
-            break
+    units = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
+    unit, size = next((one for one in units if high >= 1.5 * one[1]), units[-1])
     return f"{low / size:.2g} to {high / size:.2g} {unit}"
 
 
@@ -178,5 +182,3 @@ def _rates(made: CalibrationPlan) -> list[str]:
     if not made.fits:
         margin = f"! more than the device has; {margin}"
     return [margin, *(f"rates: {source}" for source in made.machine.sources)]
-
-

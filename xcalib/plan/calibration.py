@@ -19,7 +19,6 @@ Sharding = Literal["auto", "layers", "heads"]
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 COLLECT = ("samples", "gains", "joint losses")  # the steps of `xcalib collect`
 USABLE = 0.92  # of a device's memory: its context, fragments and libraries take the rest
-MOST_STEPS_OF_SHARDS = 12
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def plan_calibration(
         machine: rates of one device.
         gpus: devices, or processes on a CPU.
         dtype: of the weights; default the machine's.
-        sharding: how a model that one device cannot hold is spread; ``auto``: whatever fits and takes the least time.
+        sharding: how a model that one device cannot hold is spread over as few as can; ``auto``: whichever takes less time.
         price: of one device for an hour.
 
     Raises:
@@ -166,7 +165,7 @@ def plan_calibration(
             f"choose at most {shape.max_positions}"
         )
     found = [_placed(shape, job, machine, dtype, where, price) for where in _placements(shape, machine, gpus, sharding)]
-    best = min(found, key=lambda plan: (_excess(plan), plan.seconds()[1]))
+    best = min(found, key=lambda plan: (_excess(plan), plan.placement.shards, plan.seconds()[1]))
     from xcalib.plan.advice import notes
 
     return replace(best, notes=tuple(notes(best)))
@@ -179,10 +178,7 @@ def _excess(plan: CalibrationPlan) -> int:
 
 def _placements(shape: ModelShape, machine: Machine, gpus: int, sharding: Sharding) -> Iterator[Placement]:
     yield Placement(gpus, 1, "layers")
-    for power in range(1, MOST_STEPS_OF_SHARDS):
-        shards = 2**power
-        if shards > gpus:
-            return
+    for shards in (2**power for power in range(1, gpus.bit_length())):
         if sharding != "heads" and shards <= shape.layers:
             yield Placement(gpus, shards, "layers")
         if sharding != "layers" and shape.kv_heads % shards == 0 and machine.link_bytes_per_second:
@@ -229,8 +225,9 @@ def _unit_seconds(unit: Work, machine: Machine, dtype: str, where: Placement) ->
     seconds = machine.seconds(unit)
     if where.spread != "heads" or where.shards == 1:
         return seconds
+    calls = machine.seconds(Work({name: amount for name, amount in unit.amounts.items() if name.endswith(".calls")}))
     moved = 2 * (where.shards - 1) / where.shards * BYTES[dtype] * unit.amounts.get("link.values", 0.0)
-    return seconds / where.shards + moved / (machine.link_bytes_per_second or math.inf)
+    return calls + (seconds - calls) / where.shards + moved / (machine.link_bytes_per_second or math.inf)
 
 
 def _memory(

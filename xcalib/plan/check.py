@@ -28,7 +28,7 @@ class Row:
 
 
 def check_run(record: Mapping[str, Any], machine: Machine) -> list[Row]:
-    """A run that ``docs/benchmarks/plan/runs.py`` recorded, step by step and as a whole, the way it went: with the rounds that ran.
+    """A run that ``docs/benchmarks/plan/runs.py`` recorded, step by step and as a whole, with the rounds that it came to.
 
     Args:
         record: the run's JSON.

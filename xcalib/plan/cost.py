@@ -1,8 +1,8 @@
 """What passes of a calibration compute: FLOPs, and the other amounts that their time depends on, from plain numbers.
 
 An amount has a name, ``operation.term``: ``sweep.flops``, ``linear.elements``. A machine has a time for one unit of each
-(:mod:`xcalib.plan.machine`). FLOPs count a multiplication and an addition as two. Attention counts the pairs of query and key that
-causality allows; where a kernel works in blocks or chunks, the pairs in all that it touches.
+(:mod:`xcalib.plan.machine`). FLOPs count a multiplication and an addition as two. Attention counts the pairs of query and key
+that causality allows; where a kernel works in blocks or chunks, the pairs in all that it touches.
 """
 
 import math
@@ -33,12 +33,12 @@ __all__ = [
     "total",
 ]
 
-# Attention that autograd follows runs forward in the forward pass, again where its block is computed again, and again where it is itself;
-# its backward pass has five products of matrices where a forward one has two.
+# Attention that autograd follows runs forward in the forward pass, again where its block is computed again, and again where it
+# is itself; its backward pass has five products of matrices where a forward one has two.
 FORWARDS, BACKWARD = 3, 2.5
 
-# Of the rows of blocks that the reference sweeps, those whose weights need fp64: where a query's peak lies far above all that is always
-# kept. It depends on the model and the text: 45 % of the retrieval model's rows (docs/scale.md).
+# Of the rows of blocks that the reference sweeps, those whose weights need fp64: where a query's peak lies far above all that is
+# always kept. It depends on the model and the text: 45 % of the retrieval model's rows (docs/scale.md).
 DOUBLE = 0.5
 # Bytes of the reference's largest temporary, the levels of one row of blocks, above which it no longer stays in a CPU's cache.
 CACHE = 4 << 20
@@ -174,7 +174,7 @@ def sparse(heads: int, head_dim: int, length: int, density: float, *, block_size
 
 
 def masked(heads: int, head_dim: int, length: int) -> Work:
-    """Attention that gradients pass through, in one layer, forward and backward (:func:`xcalib.collect.backward.masked_attention`)."""
+    """Attention that gradients pass through, in one layer, both ways (:func:`xcalib.collect.backward.masked_attention`)."""
     pairs = heads * _chunk_pairs(length, MASKED_ROWS)
     passes = FORWARDS + BACKWARD
     return _work("masked", flops=passes * 4 * head_dim * pairs, pairs=passes * pairs, calls=1)

@@ -1,4 +1,4 @@
-"""Machines: how long each amount of work takes on one device, fitted to measurements, and what else a plan needs to know of it."""
+"""Machines: how long each amount of work takes on one device, fitted to measurements, and what else a plan has to know."""
 
 import json
 import math
@@ -20,7 +20,15 @@ __all__ = ["REFERENCE_ONLY", "SHIPPED", "Machine", "Timing", "fit", "load_machin
 SHIPPED = ("cpu", "h200")
 # What takes time in plain torch on a CPU and not in the kernels of a GPU: there what tensor cores do is taken as the cause.
 REFERENCE_ONLY = (
-    *("attention.pairs", "scoring.cells", "scoring.rows", "sparse.pairs", "sparse.gathered", "sparse.tiles", "sweep.pairs"),
+    *(
+        "attention.pairs",
+        "scoring.cells",
+        "scoring.rows",
+        "sparse.pairs",
+        "sparse.gathered",
+        "sparse.tiles",
+        "sweep.pairs",
+    ),
     *("sweep.members", "sweep.entries", "sweep.rows", "sweep.spilled_levels", "sweep.doubled", "sweep.doubled_levels"),
 )
 FORMAT = 1
@@ -95,7 +103,9 @@ def load_machine(name: str) -> Machine:
         else:
             path = Path(name)
             if not path.is_file():
-                raise PlanError(f"machine {name!r} is neither {' nor '.join(SHIPPED)} nor a file; make one with --measure")
+                raise PlanError(
+                    f"machine {name!r} is neither {' nor '.join(SHIPPED)} nor a file; make one with --measure"
+                )
             if path.stat().st_size > MAX_BYTES:
                 raise PlanError(f"{name}: larger than {MAX_BYTES >> 20} MiB, so it is no machine's file")
             text = path.read_text("utf-8")
@@ -117,7 +127,10 @@ def _checked(machine: Machine) -> Machine:
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
             raise PlanError(f"{machine.name}: {number!r} is no rate or size: expected a finite number, at least 0")
-    if not all(isinstance(text, str) for text in (machine.name, machine.device, machine.dtype, *machine.sources, *machine.assumed)):
+    if not all(
+        isinstance(text, str)
+        for text in (machine.name, machine.device, machine.dtype, *machine.sources, *machine.assumed)
+    ):
         raise PlanError(f"{machine.name}: name, device, dtype and sources must be texts")
     return machine
 

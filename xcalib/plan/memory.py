@@ -1,19 +1,22 @@
 """Bytes on one device and on disk at the worst moment of a step, from plain numbers.
 
-Counted are tensors: weights, what is kept of all blocks, and what one block and the measuring in it work on; not the interpreter,
-the libraries and a device's context. With the model spread by layers a device holds some blocks whole; by heads it holds a part of
-each, while the residual stream, and all that has its width, exists on every device.
+Counted are tensors: weights, what is kept of all blocks, and what one block and the measuring in it work on; not the
+interpreter, the libraries and a device's context. With the model spread by layers a device holds some blocks whole; by heads
+it holds a part of each, while the residual stream, and all that has its width, exists on every device.
 """
 
 from typing import Literal
 
-__all__ = ["Phase", "Spread", "disk_bytes", "device_bytes"]
+__all__ = ["Phase", "Spread", "device_bytes", "disk_bytes"]
 
 Phase = Literal["sweep", "gains", "joint", "slopes", "evaluate"]
 Spread = Literal["layers", "heads"]
 
 FLOAT, DOUBLE, LONG = 4, 8, 8
-LOGIT_ROWS, LOGIT_COPIES = 256, 5  # positions whose logits exist at a time; two logits, two log-softmaxes, a probability
+LOGIT_ROWS, LOGIT_COPIES = (
+    256,
+    5,
+)  # positions whose logits exist at a time; two logits, two log-softmaxes, a probability
 MASK_ROWS, SLOPE_ROWS = 512, 256  # queries at a time in a backward pass
 ORDERING = 44  # bytes for every block score while blocks are put in order
 SCORE_ELEMENTS, PROJECTED_ELEMENTS, SCRATCH_BYTES = 2**24, 2**28, 2**30  # bounds of the sweep's kernels
@@ -79,7 +82,11 @@ def device_bytes(
     }
     if phase == "sweep":
         held["projections"] = blocks * q_heads / parts * head_dim**2 * FLOAT
-        swept = call + pairs * FLOAT + _sweep(queries, pairs, q_heads / parts, length, block_size, levels, head_dim, kernels)
+        swept = (
+            call
+            + pairs * FLOAT
+            + _sweep(queries, pairs, q_heads / parts, length, block_size, levels, head_dim, kernels)
+        )
         energy = length * hidden * (FLOAT + 2.0 * DOUBLE)
         held["block"] = max(mlp, swept, energy)
     elif phase == "gains":
@@ -103,7 +110,7 @@ def _sweep(
 
 
 def _slopes(queries: float, pairs: float, heads: float, length: int, activation_size: int) -> float:
-    """Levels, keys and values repeated for every query head, and the larger of a chunk's mask and a chunk's weights and slopes."""
+    """Levels, keys and values for every query head, and the larger of a chunk's mask and a chunk's weights and slopes."""
     mask = heads * MASK_ROWS * length * (2 + 2 * activation_size)
     weights = heads * SLOPE_ROWS * length * FLOAT * 4
     return pairs * (LONG + FLOAT) + 4 * queries * activation_size + max(mask, weights)
@@ -124,7 +131,9 @@ def disk_bytes(
 ) -> dict[str, float]:
     """What one length leaves on disk: finished units, removed once all is found, and the curves."""
     table = layers * q_heads * levels
-    unit = (DOUBLE + LONG) * table + DOUBLE * layers + FLOAT * positions * hidden  # errors, blocks, energies, hidden states
+    unit = (
+        (DOUBLE + LONG) * table + DOUBLE * layers + FLOAT * positions * hidden
+    )  # errors, blocks, energies, hidden states
     return {
         "units": float(samples * unit),
         "curves": float(samples * ((DOUBLE + LONG) * table + DOUBLE * layers)),

@@ -70,7 +70,9 @@ def read_shape(name: str) -> ModelShape:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # models' code raises anything
         said = str(error).strip().splitlines()
-        raise ModelError(f"{name!r} is no causal language model: {said[0] if said else type(error).__name__}") from error
+        raise ModelError(
+            f"{name!r} is no causal language model: {said[0] if said else type(error).__name__}"
+        ) from error
     return shape_of(model, name)
 
 
@@ -131,5 +133,7 @@ def _active(parameter: torch.nn.Parameter, config: Any) -> float:
         return 0.0
     if parameter.ndim == 2:
         return float(parameter.numel())
-    chosen = next((getattr(config, name) for name in _CHOSEN_EXPERTS if getattr(config, name, None)), parameter.shape[0])
+    chosen = next(
+        (getattr(config, name) for name in _CHOSEN_EXPERTS if getattr(config, name, None)), parameter.shape[0]
+    )
     return parameter.numel() * min(chosen, parameter.shape[0]) / parameter.shape[0]

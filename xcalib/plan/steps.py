@@ -1,17 +1,31 @@
 """The steps of a calibration: what each one runs, how often, and in how many parts it can be shared out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xcalib.collect.curves import DEFAULT_GRID, CollectSettings
 from xcalib.errors import PlanError
 from xcalib.plan import cost
 from xcalib.plan.cost import Work, total
+from xcalib.plan.memory import Phase
 from xcalib.plan.shape import ModelShape
 
-__all__ = ["Batch", "Job", "Step", "evaluation", "gains", "joint", "kls", "round_slopes", "samples", "steps"]
+__all__ = [
+    "DENSITIES",
+    "Batch",
+    "Job",
+    "Step",
+    "evaluation",
+    "gains",
+    "joint",
+    "kls",
+    "round_slopes",
+    "samples",
+    "steps",
+]
 
 DEFAULTS = CollectSettings()
+DENSITIES = (0.45, 0.33, 0.22)  # of the points that a search without a target finds
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class Job:
     joint_densities: tuple[float, ...] = DEFAULTS.joint_densities
     levels: int = len(DEFAULT_GRID)
     rounds: int = 2
-    densities: tuple[float, ...] = (0.45, 0.33, 0.22)
+    densities: tuple[float, ...] = DENSITIES
     heldout: int = 6
 
     def __post_init__(self) -> None:
@@ -79,7 +93,7 @@ class Step:
     """
 
     name: str
-    phase: str
+    phase: Phase
     passes: str
     least: tuple[Batch, ...]
     most: tuple[Batch, ...]
@@ -141,8 +155,8 @@ def steps(shape: ModelShape, job: Job) -> tuple[Step, ...]:
     """Every step of ``xcalib search``, in order; the first three are ``xcalib collect``."""
     gain_samples = min(job.gain_samples, job.samples)
 
-    def each(count: int, unit: object) -> tuple[Batch, ...]:
-        return tuple(Batch(count, unit(shape, job, length)) for length in job.lengths)  # type: ignore[operator]
+    def each(count: int, unit: Callable[[ModelShape, Job, int], Work]) -> tuple[Batch, ...]:
+        return tuple(Batch(count, unit(shape, job, length)) for length in job.lengths)
 
     def first(shape: ModelShape, job: Job, length: int) -> Work:
         return joint(shape, job, length, job.joint_densities[:1])
@@ -157,7 +171,13 @@ def steps(shape: ModelShape, job: Job) -> tuple[Step, ...]:
     found = [
         Step("samples", "sweep", f"{len(job.lengths) * job.samples} sweeps", swept, swept),
         Step("gains", "gains", f"{len(job.lengths) * gain_samples} x {shape.sparse_layers} layers", gained, gained),
-        Step("joint losses", "joint", f"{len(job.lengths) * (job.samples + gain_samples * others_too)} sparse passes", together, together),
+        Step(
+            "joint losses",
+            "joint",
+            f"{len(job.lengths) * (job.samples + gain_samples * others_too)} sparse passes",
+            together,
+            together,
+        ),
     ]
     if job.rounds:
         found.append(_rounds(shape, job))
@@ -180,5 +200,6 @@ def _rounds(shape: ModelShape, job: Job) -> Step:
             kl = Batch(job.samples, kls(shape, job, length, (density,)))
             least += [kl, slope]  # no head moves
             most += [kl, *[slope, kl, kl] * job.rounds]
-    passes = f"{len(job.densities)} points x {len(job.lengths) * job.samples} x up to ({1 + 2 * job.rounds} sparse, {job.rounds} backward)"
+    sparse, count = 1 + 2 * job.rounds, len(job.lengths) * job.samples
+    passes = f"{len(job.densities)} points x {count} x up to ({sparse} sparse, {job.rounds} backward)"
     return Step("rounds", "slopes", passes, tuple(least), tuple(most))

@@ -1,4 +1,4 @@
-"""The H200's rates from what is committed: ``python h200.py fit`` writes its machine, ``python h200.py check`` the table of docs/scale.md.
+"""The H200's rates from what is committed: ``python h200.py fit`` writes its machine, ``python h200.py check`` a table.
 
 Fitted to: of kernels-h200.json the lengths 8k, 32k and 128k; of calibration-8b.json the samples and the joint losses; of
 objectives/h200-smollm2-seed1.json the dense prefill. Checked on: 64k and 256k; the gains, the held-out evaluation and the whole
@@ -65,7 +65,19 @@ def calibration() -> dict[str, Any]:
     heads, mlp, layers = hidden // 128, hidden * 7 // 2, chosen["layers"]
     weights = layers * (2 * hidden * hidden + 2 * hidden * hidden // 4 + 3 * hidden * mlp)
     shape = ModelShape(
-        "8B-shaped", layers, layers, hidden, heads, heads // 4, 128, mlp, 32000, weights, record["parameters"], None, "bfloat16"
+        "8B-shaped",
+        layers,
+        layers,
+        hidden,
+        heads,
+        heads // 4,
+        128,
+        mlp,
+        32000,
+        weights,
+        record["parameters"],
+        None,
+        "bfloat16",
     )
     settings = {"stride": chosen["stride"], "block_size": 128, "gain_samples": 2, "gain_every": 7, "levels": 27}
     return {

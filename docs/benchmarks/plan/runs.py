@@ -1,9 +1,9 @@
 """Real calibrations against the cost model: ``python runs.py run MODEL --out FILE``, then ``python runs.py table FILE...``.
 
 ``run`` measures MODEL as ``xcalib search`` does and writes the time of every step: on one CPU thread (``OMP_NUM_THREADS=1``) the
-process's own, so that other programs on the machine matter little. MODEL is as on the command line, or
-``random:LAYERS,HIDDEN,HEADS,KV_HEADS,HEAD_DIM,MLP,VOCABULARY``, a Llama with random weights on random tokens. ``table`` predicts the same
-steps with a machine that was not fitted to them and makes the table of docs/scale.md.
+process's own, so that other programs on the machine matter little. MODEL is as on the
+command line, or ``random:LAYERS,HIDDEN,HEADS,KV_HEADS,HEAD_DIM,MLP,VOCABULARY``, a Llama with random weights on random tokens.
+``table`` predicts the same steps with a machine that was not fitted to them and makes the table of docs/scale.md.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 
 from xcalib.bench.machine import describe_machine
 from xcalib.collect import CollectSettings, collect
+from xcalib.collect.measure import Sweeper
 from xcalib.data import Sample, SampleSet, load_samples
 from xcalib.models.loading import load_model
 from xcalib.plan import check_run, load_machine
@@ -79,7 +80,8 @@ def random_model(numbers: Sequence[int], length: int) -> Any:
 def random_samples(count: int, length: int, vocabulary: int, split: Any, seed: int) -> SampleSet:
     generator = np.random.default_rng(seed)
     samples = [
-        Sample(generator.integers(vocabulary, size=length), "random", (f"{seed:08x}{index:08x}",)) for index in range(count)
+        Sample(generator.integers(vocabulary, size=length), "random", (f"{seed:08x}{index:08x}",))
+        for index in range(count)
     ]
     return SampleSet(samples=tuple(samples), dropped={}, specs=("random",), split=split, seed=seed)
 
@@ -104,6 +106,9 @@ def run(options: argparse.Namespace) -> None:
     device = next(model.parameters()).device
     clock = Clock(device)
     settings = CollectSettings(block_size=options.block_size, stride=options.stride, gain_samples=options.gain_samples)
+    first = torch.tensor(samples.samples[0].tokens[:256], device=device)
+    heads = model.config.get_text_config().num_attention_heads
+    Sweeper(model, settings, heads).measure(first)  # a process's first pass waits for its libraries
     with tempfile.TemporaryDirectory() as folder:
         if options.rounds is None:
             collect(model, samples, Path(folder) / "curves", settings=settings, progress=clock)
@@ -118,6 +123,7 @@ def run(options: argparse.Namespace) -> None:
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
         "threads": torch.get_num_threads(),
         "clock": clock.kind,
+        "warmed": True,
         "shape": asdict(shape_of(model, re.sub(r".*/", "", options.model))),
         "lengths": [len(sample.tokens) for sample in samples.samples],
         "heldout_lengths": [len(sample.tokens) for sample in heldout.samples] if heldout else [],
