@@ -47,10 +47,10 @@ GPU_SIZES = Sizes(
     heads=tuple(
         Heads(query, key, dimensions, length, 128)
         for query, key, dimensions in ((32, 8, 128), (16, 4, 128), (16, 4, 64))
-        for length in (4096, 8192, 16384, 32768)
+        for length in (4096, 8192, 16384)
     ),
     models=((2, 1024, 8, 3584, 32768), (2, 4096, 32, 14336, 131072)),
-    lengths=(2048, 8192, 32768),
+    lengths=(2048, 8192, 16384),
     positions=2048,
     least_seconds=0.1,
 )
