@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from xcalib._yaml import one_line
 from xcalib.errors import PlanError
@@ -155,6 +154,8 @@ def fit(timings: Sequence[Timing], zero: Sequence[str] = ()) -> tuple[dict[str, 
     Raises:
         PlanError: a timing has no time or no work.
     """
+    from scipy.optimize import nnls  # slow to import, and plans need no fit
+
     timings = [Timing(one.what, one.work.without(*zero), one.seconds) for one in timings]
     names = sorted({name for timing in timings for name in _on_device(timing.work)})
     if not names or any(not timing.seconds > 0 for timing in timings):
