@@ -17,6 +17,7 @@ __all__ = [
     "CurvesError",
     "DataError",
     "ModelError",
+    "PlanError",
     "ProfileError",
     "RankError",
     "StudyError",
@@ -78,6 +79,10 @@ class RankError(XcalibError):
 
 class BenchError(XcalibError):
     """A bench suite is malformed, or this machine cannot run it."""
+
+
+class PlanError(XcalibError):
+    """A plan's machine cannot be read or measured, or what is to be planned makes no sense."""
 
 
 class AblationError(XcalibError):
