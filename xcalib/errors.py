@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AblationError",
     "BenchError",
+    "BusyError",
     "CurvesError",
     "DataError",
     "ModelError",
@@ -69,6 +70,10 @@ class ProfileError(XcalibError):
 
 class StudyError(XcalibError):
     """The storage of a refinement cannot be opened, or holds a study of something else."""
+
+
+class BusyError(XcalibError):
+    """Another process is at work in the same folder or on the same file; the message names it."""
 
 
 class BenchError(XcalibError):

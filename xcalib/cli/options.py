@@ -7,6 +7,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from xcalib._files import remove_left_overs
+from xcalib._lock import Lock, lock_file
 from xcalib.cli.output import console, quiet_libraries, status
 from xcalib.collect import CollectSettings, Curves, Measure, measured_length
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, parse_lengths
@@ -201,10 +203,11 @@ def read_sets(
     return length_sets(lengths, lambda length: read_samples(specs, loaded, max_length=length, **how))
 
 
-def check_output(path: Path, overwrite: bool = False) -> None:
-    """Refuse an output file that could not be written, before any work is done.
+def check_output(path: Path, overwrite: bool = False) -> Lock:
+    """Refuse an output file that could not be written, before any work is done, and take it: one process at a time may make it.
 
     Raises:
+        BusyError: another process is making it.
         DataError: the folder is missing, or the file exists and may not be replaced.
     """
     if path.suffix not in (".yaml", ".yml", ".json"):
@@ -215,3 +218,9 @@ def check_output(path: Path, overwrite: bool = False) -> None:
         raise DataError(f"{path}: is a folder")
     if path.exists() and not overwrite:
         raise DataError(f"{path}: exists already; choose another file, or give --overwrite")
+    try:
+        lock = lock_file(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+    remove_left_overs(path)
+    return lock

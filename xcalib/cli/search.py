@@ -7,13 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from xcalib.cli import options as opt
-from xcalib.cli.found import reporting_misses, write_profile
+from xcalib.cli.found import report_profile, reporting_misses
 from xcalib.cli.output import console, progress, resumable
 from xcalib.cli.refine import refining
 from xcalib.collect import Curves, load_curve_sets
 from xcalib.data import SampleSet, pooled
 from xcalib.errors import ModelError
 from xcalib.models.structure import describe_model
+from xcalib.profile import save_profile
 from xcalib.search import DEFAULT_ROUNDS, Objective, SearchMethod, build_profile, parse_targets, require_measured
 from xcalib.search import search as search_model
 from xcalib.search.rounds import are_measured_on
@@ -22,6 +23,7 @@ __all__ = ["search"]
 
 
 def search(
+    ctx: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help=opt.MODEL_HELP + " May be left out with --curves.")
     ] = None,
@@ -89,7 +91,7 @@ def search(
     Exit code 3, and no file, when held-out data say that a target is missed; 2 for bad input.
     """
     targets = parse_targets(target or [])
-    opt.check_output(out, overwrite)
+    ctx.call_on_close(opt.check_output(out, overwrite).close)
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     measured = load_curve_sets(curves) if curves else None
     if measured is not None:
@@ -103,6 +105,7 @@ def search(
         if refine_trials:
             raise typer.BadParameter("needs MODEL: trials run it", param_hint="--refine")
         profile = build_profile(measured, targets, **chosen)
+        save_profile(profile, out)
     else:
         settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
         loaded = opt.open_model(model, device, dtype, trust_remote_code)
@@ -135,11 +138,11 @@ def search(
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
                 rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
-                progress=progress, **chosen,
+                save=lambda found: save_profile(found, out), progress=progress, **chosen,
             )  # fmt: skip
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)
-    write_profile(profile, out, as_json)
+    report_profile(profile, out, as_json)
     if model is None and measured is not None:
         _say_without_rounds(rounds, method, measured, ())  # at the end: what goes wrong gives one line, its own
 

@@ -55,19 +55,22 @@ def collect(
         progress: draws the work.
 
     Raises:
-        CurvesError: the folder cannot be used.
+        BusyError: another process is at work in the folder.
+        CurvesError: the folder cannot be used, or the disk is full.
         ModelError: the model cannot be measured, or its activations are not finite.
     """
     settings = settings or CollectSettings()
     identity = describe_model(model, name)
-    units = Units(folder, _identity(identity.model_dump(), model, samples, settings), resume=resume)
-    if resume and (units.folder / "curves.json").is_file():
-        return load_curves(units.folder)
-    job = Job(model, identity.query_heads, samples, settings, units, progress)
-    curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
-    curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
-    save_curves(curves, units.folder)
-    units.discard()
+    with Units(folder, _identity(identity.model_dump(), model, samples, settings), resume=resume) as units:
+        if resume and (units.folder / "curves.json").is_file():
+            curves = load_curves(units.folder)
+            units.discard()  # killed before it could
+            return curves
+        job = Job(model, identity.query_heads, samples, settings, units, progress)
+        curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
+        curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
+        save_curves(curves, units.folder)
+        units.discard()
     return curves
 
 
