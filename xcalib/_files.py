@@ -11,7 +11,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["append_line", "remove_left_overs", "replace_file", "sync_folder"]
+__all__ = ["append_lines", "remove_left_overs", "replace_file", "sync_folder"]
 
 
 def replace_file(target: Path, data: bytes) -> None:
@@ -48,8 +48,8 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def append_line(path: Path, line: bytes) -> None:
-    """Add a line, whole or not at all, and flush it to disk; several processes may. Raises OSError.
+def append_lines(path: Path, lines: bytes) -> None:
+    """Add to a file of lines and flush it to disk; several processes may. Raises OSError, and then nothing was added.
 
     Half a line that a machine which died while writing left at the end is cut off first.
     """
@@ -61,7 +61,7 @@ def append_line(path: Path, line: bytes) -> None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = _whole_lines(descriptor)
         try:
-            rest = memoryview(line + b"\n")
+            rest = memoryview(lines)
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
             os.fsync(descriptor)

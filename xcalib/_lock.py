@@ -54,7 +54,7 @@ def lock_file(path: Path) -> "Lock":
 
 
 class Lock:
-    """Held until :meth:`close`, the end of a ``with`` block, or of the process; to take it again in one process is no conflict."""
+    """Held until :meth:`close`, the end of a ``with`` block, or of the process, which may take it more than once."""
 
     def __init__(self, path: Path, what: str, kind: str) -> None:
         self._release: Callable[[], Any] = lambda: None

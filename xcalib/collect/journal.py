@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from xcalib._files import append_line
+from xcalib._files import append_lines
 from xcalib.errors import CurvesError
 
 __all__ = ["Journal"]
@@ -47,7 +47,7 @@ class Journal:
             "pid": os.getpid(),
         }
         try:
-            append_line(self._path, json.dumps(line).encode())
+            append_lines(self._path, json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise CurvesError(f"{self._path}: cannot be written: {error.strerror or error}") from error
         self._digests[unit] = str(line["sha256"])

@@ -28,8 +28,8 @@ class Units:
     """A folder with ``collect.json`` (what is being measured), ``units/*.safetensors`` (what is done) and ``journal.jsonl``.
 
     One process works in it at a time (:mod:`xcalib._lock`): it is locked until :meth:`close`, the end of a ``with`` block, or
-    until nobody has this object any more. Ranks of one job share it: under ``torchrun`` rank 0 holds the lock, the others take none,
-    and all may load and save units.
+    until nobody has this object any more. Ranks of one job share it: under ``torchrun`` rank 0 holds the lock, the others take
+    none, and all may load and save units.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any], *, resume: bool) -> None:
