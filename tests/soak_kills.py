@@ -2,11 +2,11 @@
 
     python tests/soak_kills.py --kills 100
 
-Each run is a child that this process, with torch imported, forks; it runs the commands with ``--resume``, those whose file is there
-already left out, as make would. Every second kill comes at a random time; the others come at a random one of the moments at which the
-child flushes something to disk, so that the middle of writing is met as often. When a child gets to the end, what it made is
-compared with that of a run that nobody killed, and the next begins anew. A trace says which unit of work was begun and
-finished when: none that was finished may be begun again. Prints JSON; exit code 1 where anything differs.
+Each run is a child that this process, with torch imported, forks; it runs the commands with ``--resume``, those whose file is
+there already left out, as make would. Half of the kills come at a random time; the others at a random one of the moments at which
+the child flushes something to disk, so that the middle of writing is met as often. When a child gets to the end, what it
+made is compared with that of a run that nobody killed, and the next begins anew. A trace says which unit of work was begun
+and finished when: none that was finished may be begun again. Prints JSON; exit code 1 where anything differs.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ TRACE = "trace.jsonl"
 def commands(model: str, data: list[str], length: int) -> dict[str, tuple[str, list[str]]]:
     """The file that a command ends with, and its arguments."""
     specs = [part for spec in data for part in ("--data", spec)]
-    how = [*specs, "--max-length", str(length), "--num-samples", "2", "--block-size", "32", "--gain-samples", "1"]
+    how = [*specs, "--max-length", str(length), "--num-samples", "2", "--block-size", "64", "--gain-samples", "1"]
     drawn = ["--samples", "2", "--validation-samples", "2", "--heldout-samples", "2", "--max-length", str(length)]
     profile = ["--target", "balanced:density=0.6", "--heldout-samples", "2", "--rounds", "2", "--force"]
     trials = ["--model", model, *specs, *drawn, "--trials", "5", "--groups", "2", "--range", "2", "--force"]
@@ -44,6 +45,21 @@ def commands(model: str, data: list[str], length: int) -> dict[str, tuple[str, l
         "search": ("profile.yaml", ["search", model, *how, *profile, "--work", "work", "--out", "profile.yaml"]),
         "refine": ("refined.yaml", ["refine", "profile.yaml", *trials, "--work", "work", "--out", "refined.yaml"]),
     }
+
+
+def documents(path: Path, length: int) -> str:
+    """Write documents for the retrieval model; the spec that reads them."""
+    import numpy as np
+
+    sys.path.insert(0, str(RETRIEVAL))
+    from retrieval_data import document, words
+
+    vocabulary, lines = words(), []
+    for number in range(40):
+        tokens = document(np.random.default_rng(number), 2 * length)[0][1:]  # without the bos token
+        lines.append(json.dumps({"text": " ".join(vocabulary[token] for token in tokens)}))
+    path.write_text("\n".join(lines) + "\n")
+    return f"jsonl:{path}:text"
 
 
 # --- in the child
@@ -92,7 +108,9 @@ class Trace:
             return f"trial {study.get_trials(deepcopy=False)[number].user_attrs[DRAW]}"
 
         def trying(self_: PointObjective, trial: Any) -> float:
-            self.say("begin", draw(trial.study, trial.number))
+            self.say(
+                "begin", f"trial {_study.place_of(trial.study, trial.number)}"
+            )  # one worker: its draw, not drawn yet
             return objective(self_, trial)
 
         def running(study: Any, *arguments: Any) -> None:
@@ -148,7 +166,10 @@ def run(folder: Path, steps: dict[str, tuple[str, list[str]]], seconds: float | 
         os.chdir(folder)
         try:
             child(steps, die_at)
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(99)
     if seconds is not None:
         deadline = time.monotonic() + seconds
@@ -286,9 +307,9 @@ def main() -> None:
 
     torch.set_num_threads(1)  # a forked child has no pool of threads
     assert xcalib.cli.app.app is not None
-    sys.path.insert(0, str(RETRIEVAL))
-    steps = commands(options.model, options.data or ["retrieval_data:samples"], options.length)
     with work_folder(options.work) as root:
+        data = options.data or [documents(root / "documents.jsonl", options.length)]
+        steps = commands(options.model, data, options.length)
         record = soak(root, steps, options.kills, options.seed, lambda text: print(text, file=sys.stderr, flush=True))
     print(json.dumps(record, indent=1))
     sys.exit(0 if record["ok"] else 1)
