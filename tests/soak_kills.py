@@ -196,7 +196,9 @@ def result(folder: Path) -> dict[str, str]:
     from xcalib.search._storage import open_storage
 
     found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
-    study = optuna.load_study(study_name=None, storage=open_storage(str(folder / "work" / "refine.journal")))
+    storage = open_storage(str(folder / "work" / "refine.journal"))
+    (name,) = optuna.get_all_study_names(storage)
+    study = optuna.load_study(study_name=name, storage=storage)
     kept = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name != "FAIL"]
     trials = sorted((t.user_attrs[DRAW], t.state.name, t.value, sorted(t.params.items())) for t in kept)
     return found | {"trials": json.dumps(trials)}
@@ -238,8 +240,8 @@ def soak(root: Path, steps: dict[str, tuple[str, list[str]]], kills: int, seed: 
             code = run(
                 folder,
                 steps,
-                rng.uniform(0, 0.6 * took) if timed and not last else None,
-                rng.randrange(1, flushes // 2) if not timed and not last else None,
+                rng.uniform(0, took / 4) if timed and not last else None,
+                rng.randrange(1, flushes // 4) if not timed and not last else None,
             )
             if code == 0:
                 break
@@ -281,6 +283,23 @@ def count_flushes(root: Path, steps: dict[str, tuple[str, list[str]]]) -> int:
     return count
 
 
+def warm_up(model: str) -> None:
+    """Import all that children need, once; forked ones have no pool of threads."""
+    import torch
+
+    torch.set_num_threads(1)
+    import scipy.stats
+    import sqlalchemy
+
+    import xcalib.cli.app
+    from xcalib.models.loading import load_model
+    from xcalib.search import _objective, _storage, _validation
+
+    used = (scipy.stats, sqlalchemy, xcalib.cli.app, _objective, _storage, _validation)
+    assert all(used)
+    load_model(model)
+
+
 @contextlib.contextmanager
 def work_folder(given: Path | None) -> Iterator[Path]:
     if given is not None:
@@ -301,12 +320,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a new folder, kept")
     options = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
-    import torch
-
-    import xcalib.cli.app
-
-    torch.set_num_threads(1)  # a forked child has no pool of threads
-    assert xcalib.cli.app.app is not None
+    warm_up(options.model)
     with work_folder(options.work) as root:
         data = options.data or [documents(root / "documents.jsonl", options.length)]
         steps = commands(options.model, data, options.length)
