@@ -574,7 +574,9 @@ def test_ranks_of_one_job_share_a_folder(tmp_path: Path, holding: Any, monkeypat
     with pytest.raises(BusyError):
         Units(tmp_path, {"a": 1}, resume=True)
     monkeypatch.setenv("RANK", "1")
-    units = Units(tmp_path, {"a": 1}, resume=True)
+    with pytest.raises(CurvesError, match="another a"):
+        Units(tmp_path, {"a": 2}, resume=False)
+    units = Units(tmp_path, {"a": 1}, resume=False)
     units.save("two", {"x": np.arange(4)})
     assert units.load("one") is not None
     assert [line["unit"] for line in lines_of(tmp_path)] == ["one", "two"]

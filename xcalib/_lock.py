@@ -29,7 +29,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOCK_NAME", "Lock", "alone", "lock_file", "lock_folder"]
+__all__ = ["LOCK_NAME", "Lock", "alone", "lock_file", "lock_folder", "rank"]
 
 LOCK_NAME = ".xcalib.lock"
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -58,7 +58,7 @@ class Lock:
 
     def __init__(self, path: Path, what: str, kind: str) -> None:
         self._release: Callable[[], Any] = lambda: None
-        if fcntl is None or _number("RANK", 0) > 0:
+        if fcntl is None or rank() > 0:
             return
         key = os.path.realpath(path)
         with _guard:
@@ -95,6 +95,11 @@ def _let_go(key: str, pid: int) -> None:
 def _number(variable: str, default: int) -> int:
     text = os.environ.get(variable, "")
     return int(text) if text.isdecimal() else default
+
+
+def rank() -> int:
+    """Of this process in its job; 0 where it is the only one."""
+    return _number("RANK", 0)
 
 
 def alone() -> bool:

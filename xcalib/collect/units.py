@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from xcalib._files import sync_folder
-from xcalib._lock import LOCK_NAME, Lock, alone, lock_folder
+from xcalib._lock import LOCK_NAME, Lock, alone, lock_folder, rank
 from xcalib.collect.curves import write_atomically
 from xcalib.collect.journal import Journal
 from xcalib.errors import CurvesError
@@ -29,7 +29,7 @@ class Units:
 
     One process works in it at a time (:mod:`xcalib._lock`): it is locked until :meth:`close`, the end of a ``with`` block, or
     until nobody has this object any more. Ranks of one job share it: under ``torchrun`` rank 0 holds the lock, the others take
-    none, and all may load and save units.
+    none and go on with what rank 0 begins, and all may load and save units.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any], *, resume: bool) -> None:
@@ -51,7 +51,7 @@ class Units:
         self._lock = self._locked()
         try:
             if plan.is_file():
-                self._check_same(plan, wanted, resume)
+                self._check_same(plan, wanted, resume or rank() > 0)
             self._make()
             if not plan.is_file():
                 write_atomically(plan, json.dumps(wanted, indent=1, sort_keys=True).encode() + b"\n")
