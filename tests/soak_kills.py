@@ -70,15 +70,15 @@ class Trace:
 
     def __init__(self, die_at: int | None) -> None:
         self._file = os.open(TRACE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._flush, self._flushes, self._die_at = os.fsync, 0, die_at
+        self._flush, self.flushes, self._die_at = os.fsync, 0, die_at
         self.command = ""
 
     def say(self, event: str, unit: str) -> None:
         os.write(self._file, json.dumps([event, self.command, unit]).encode() + b"\n")
 
     def fsync(self, descriptor: int) -> None:
-        self._flushes += 1
-        if self._flushes == self._die_at:
+        self.flushes += 1
+        if self.flushes == self._die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         self._flush(descriptor)
 
@@ -153,6 +153,7 @@ def child(steps: dict[str, tuple[str, list[str]]], die_at: int | None) -> None:
             if left.code:
                 os._exit(int(left.code))  # type: ignore[arg-type]
     trace.say("command", "")
+    trace.say("flushes", str(trace.flushes))
     os._exit(0)
 
 
@@ -225,7 +226,7 @@ def soak(root: Path, steps: dict[str, tuple[str, list[str]]], kills: int, seed: 
     if run(whole, steps, None, None):
         raise SystemExit((whole / "output.log").read_text())
     took, expected = time.monotonic() - began, result(whole)
-    flushes = count_flushes(root, steps)
+    (flushes,) = (int(text) for event, _, text in events(whole) if event == "flushes")
     units = sum(event == "begin" for event, _, _ in events(whole))
     say(f"not killed: {took:.1f} s, {units} units, {flushes} flushes")
     record: dict[str, Any] = {"kills": 0, "kills_by_command": Counter(), "runs_compared": 0, "runs_equal": 0}
@@ -263,24 +264,6 @@ def soak(root: Path, steps: dict[str, tuple[str, list[str]]], kills: int, seed: 
     record["ok"] = record["runs_equal"] == record["runs_compared"] and not record["wrong"]
     record["ok"] &= record["units_begun_again"] <= record["kills"]
     return record
-
-
-def count_flushes(root: Path, steps: dict[str, tuple[str, list[str]]]) -> int:
-    """Of a whole run: how large ``die_at`` may be; found by a run that counts."""
-    folder = root / "counted"
-    folder.mkdir()
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.chdir(folder)
-        flush = os.fsync
-        os.fsync = lambda descriptor: (os.write(writing, b"."), flush(descriptor))[1]  # type: ignore[assignment,misc]
-        child(steps, None)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        count = len(pipe.read())
-    os.waitpid(pid, 0)
-    return count
 
 
 def warm_up(model: str) -> None:

@@ -659,11 +659,11 @@ def test_a_search_killed_while_its_profile_is_saved_repeats_nothing(
 def test_killed_again_and_again_gives_the_same_bytes(tiny_folder: Path) -> None:
     """The commands; the recorded run of a hundred kills is in docs/reliability.md."""
     script = Path(__file__).with_name("soak_kills.py")
-    command = [sys.executable, str(script), "--kills", "10", "--model", str(tiny_folder)]
+    command = [sys.executable, str(script), "--kills", "8", "--model", str(tiny_folder)]
     done = subprocess.run(
         [*command, "--data", "builtin:prose", "--length", "384"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout)
-    assert record["kills"] >= 10 and record["runs_compared"] >= 1 and record["ok"]
+    assert record["kills"] >= 8 and record["runs_compared"] >= 1 and record["ok"]
     assert record["runs_equal"] == record["runs_compared"] and record["wrong"] == []
