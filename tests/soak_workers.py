@@ -3,8 +3,8 @@
     python tests/soak_workers.py --kills 100 --trials 300
 
 Several workers, each as if on a machine of its own (heartbeats alone tell who lives), work on a study on a PostgreSQL that this
-script starts. One after the other is killed with SIGKILL at a random time and another takes its place. In the end there must be exactly
-as many finished trials as asked for, with the numbers 0, 1, 2, ... as their draws and no two with the same values. Prints
+script starts. One after the other is killed with SIGKILL at a random time and another takes its place. In the end there must be
+exactly as many finished trials as asked for, with the numbers 0, 1, 2, ... as their draws and no two with the same values. Prints
 JSON; exit code 1 where anything differs. ``--storage`` takes another storage, ``journal:PATH`` say.
 """
 

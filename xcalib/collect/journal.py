@@ -28,8 +28,7 @@ class Journal:
 
     def digest(self, unit: str) -> str | None:
         """SHA-256 of a unit's file as it was written last; None for a unit that is not in the journal."""
-        if unit not in self._digests:
-            self._read_on()
+        self._read_on()
         return self._digests.get(unit)
 
     def add(self, unit: str, data: bytes, seconds: float | None) -> None:
@@ -50,7 +49,6 @@ class Journal:
             append_lines(self._path, json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise CurvesError(f"{self._path}: cannot be written: {error.strerror or error}") from error
-        self._digests[unit] = str(line["sha256"])
 
     def _read_on(self) -> None:
         """What was appended since, here and by other processes; lines that are no record say nothing."""
