@@ -16,6 +16,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,7 @@ def soak(url: str, workers: int, trials: int, kills: int, rng: random.Random) ->
         "trials_in_other_states": len(found) - len(done) - sum(trial.state == TrialState.FAIL for trial in found),
         "retried": sum("retry of trial" in trial.user_attrs for trial in done),
         "distinct_values": len({tuple(trial.params.values()) for trial in done}),
+        "draws_twice": sorted(d for d, n in Counter(t.user_attrs[DRAW] for t in done).items() if n > 1),
         "draws_are_0_to_n": sorted(trial.user_attrs[DRAW] for trial in done) == list(range(trials)),
         "seconds": round(time.monotonic() - began, 1),
     }

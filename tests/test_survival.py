@@ -1,5 +1,6 @@
 """Full and read-only disks, things that vanish, two processes at one job, and kills: one line, and what was finished is kept."""
 
+import dataclasses
 import datetime
 import errno
 import fcntl
@@ -551,6 +552,19 @@ def refused_elsewhere(folder: Path) -> bool:
     return other.exitcode == 7
 
 
+def test_a_folder_that_was_made_again_is_locked_again(tmp_path: Path) -> None:
+    """In a notebook, say, that still has an object of the first one."""
+    folder = tmp_path / "c"
+    first = Units(folder, {"a": 1}, resume=False)
+    shutil.rmtree(folder)
+    second = Units(folder, {"a": 1}, resume=False)
+    assert refused_elsewhere(folder)
+    first.close()
+    assert refused_elsewhere(folder)
+    second.close()
+    assert not refused_elsewhere(folder)
+
+
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path, holding: Any) -> None:
     """A data loader's worker, say, that lives longer than the process that held the lock."""
     mine = lock_folder(tmp_path)
@@ -641,14 +655,22 @@ def other_profile(model: Any, samples: Any) -> Profile:
     return xcalib.search(model, samples, target="b:density=0.9", settings=SETTINGS, rounds=0)
 
 
+@pytest.mark.parametrize("target", ["a:density=0.8", "a:drop=50%"])
 def test_a_search_killed_while_its_profile_is_saved_repeats_nothing(
-    model: Any, samples: Any, random_samples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, model: Any, samples: Any, random_samples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heldout = random_samples([300], seed=5, split="heldout")
-    asked: dict[str, Any] = {"target": "a:density=0.8", "heldout": heldout, "settings": SETTINGS, "force": True}
+    asked: dict[str, Any] = {"target": target, "heldout": heldout, "settings": SETTINGS, "force": True}
+    if target.endswith("%"):  # questions that are always answered
+        asking = [dataclasses.replace(sample, answers=("x",), max_new_tokens=1) for sample in samples.samples]
+        samples = dataclasses.replace(samples, samples=tuple(asking))
+        monkeypatch.setattr("xcalib.evaluation.answer_score", lambda *_arguments: 1.0)
+        asked |= {"tokenizer": object(), "heldout": None}
 
     with pytest.raises(KeyboardInterrupt):
         xcalib.search(model, samples, folder=tmp_path, save=lambda _profile: interrupt(), **asked)
+    kept = {"curves", "drop"} if target.endswith("%") else {"curves", "heldout", "rounds"}
+    assert {path.name for path in tmp_path.iterdir() if any(path.rglob("*.safetensors"))} == kept
     saved: list[Profile] = []
     with monkeypatch.context() as patch:
         patch.setattr(Units, "save", None)  # nothing is measured again

@@ -62,8 +62,11 @@ class Lock:
             return
         key = os.path.realpath(path)
         with _guard:
-            descriptor, count = _held.get(key) or (_take(path, what, kind), 0)
-            _held[key] = (descriptor, count + 1)
+            descriptor, count = _held.get(key, (None, 0))
+            if descriptor is not None and not _is_at(descriptor, path):  # its folder was removed and made again
+                os.close(_held.pop(key)[0])
+                descriptor = None
+            _held[key] = (_take(path, what, kind) if descriptor is None else descriptor, count + 1)
         self._release = weakref.finalize(self, _let_go, key, os.getpid())
 
     def close(self) -> None:
@@ -113,7 +116,7 @@ def _take(path: Path, what: str, kind: str) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
+            if _is_at(descriptor, path):
                 break
         except BlockingIOError:
             owner = _owner(descriptor)
@@ -121,8 +124,6 @@ def _take(path: Path, what: str, kind: str) -> int:
             raise BusyError(
                 f"{what}: {owner} is at work on it; wait for it, end it, or choose another {kind}"
             ) from None
-        except FileNotFoundError:
-            pass
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
                 os.close(descriptor)
@@ -134,6 +135,14 @@ def _take(path: Path, what: str, kind: str) -> int:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_signature()).encode(), 0)
     return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
 
 
 def _signature() -> dict[str, Any]:

@@ -11,10 +11,12 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-__all__ = ["DRAW", "MERIT", "ShiftSampler", "is_start"]
+__all__ = ["DRAW", "MERIT", "RETRY", "ShiftSampler", "is_start"]
 
 MERIT = "merit"  # user attribute of a trial: see Comparison.merit
 DRAW = "draw"  # user attribute of a trial: number of its proposal, which seeds it
+RETRY = "retry of trial"  # user attribute of a trial: number of the one that failed
+RETRY_POLLS = 30
 PAIRS_PER_MINIMUM = 4
 STEP = 0.25  # of the pairs, in root mean square over the dimensions and as a share of the range
 FloatArray = npt.NDArray[np.float64]
@@ -124,6 +126,7 @@ def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
 def _claim(study: Study, trial: FrozenTrial) -> int:
     """Take the lowest number that nobody has, and write it into the trial."""
     while True:
+        _await_retries(study)
         others = _others(study, trial)
         taken = {other.user_attrs[DRAW] for other in others if DRAW in other.user_attrs}
         free = (number for number in range(len(others) + len(taken) + 1) if number not in taken)
@@ -137,6 +140,26 @@ def _claim(study: Study, trial: FrozenTrial) -> int:
             rivals = _rivals(study, trial, draw)
         if not rivals:
             return draw
+
+
+def _await_retries(study: Study) -> None:
+    """Wait for trials that another worker has just failed and is about to queue again, with their numbers.
+
+    Not for long: a worker killed between the two leaves the number to whoever takes it.
+    """
+    for _ in range(RETRY_POLLS):
+        trials = study.get_trials(deepcopy=False)
+        retried = {trial.user_attrs.get(RETRY) for trial in trials}
+        held = {trial.user_attrs.get(DRAW) for trial in trials if trial.state != TrialState.FAIL}
+        if not any(
+            trial.state == TrialState.FAIL
+            and (trial.params or trial.system_attrs.get("fixed_params"))
+            and trial.number not in retried
+            and trial.user_attrs.get(DRAW) not in held
+            for trial in trials
+        ):
+            return
+        time.sleep(0.1)
 
 
 def _rivals(study: Study, trial: FrozenTrial, draw: int) -> list[int]:

@@ -9,7 +9,7 @@ from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
 from xcalib.progress import Progress, silent
-from xcalib.search._sampler import DRAW
+from xcalib.search._sampler import DRAW, RETRY
 from xcalib.search._workers import Heartbeat, StaleWatch, Worker, is_signed
 
 __all__ = ["place_of", "run_trials"]
@@ -97,4 +97,4 @@ def _fail(study: Study, number: int) -> None:
     params = trial.system_attrs.get("fixed_params", {}) | trial.params
     if params:
         kept = {key: trial.user_attrs[key] for key in (DRAW,) if key in trial.user_attrs}
-        study.enqueue_trial(params, user_attrs={"retry of trial": number, **kept})
+        study.enqueue_trial(params, user_attrs={RETRY: number, **kept})
