@@ -1,8 +1,15 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
+import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +136,80 @@ def random_samples() -> Callable[..., Any]:
         return SampleSet(tuple(samples), {}, ("random",), split, seed)  # type: ignore[arg-type]
 
     return make
+
+
+def _program(name: str) -> str | None:
+    """A program of PostgreSQL's; Debian does not put them on PATH."""
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: path.parent.name, reverse=True)
+    return shutil.which(name) or next((str(path / name) for path in places if (path / name).is_file()), None)
+
+
+class PostgreSQL:
+    """A server on loopback with a data folder of its own, as a user who is not root; ``url`` is its database's, with password."""
+
+    def __init__(self, folder: Path, initdb: str, postgres: str) -> None:
+        self.folder, self._postgres = folder, postgres
+        self._user: dict[str, Any] = {}
+        if os.getuid() == 0:  # it refuses to run as root
+            import pwd
+
+            nobody = pwd.getpwnam("nobody")
+            self._user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.url = f"postgresql://xcalib:secret@127.0.0.1:{self._port}/postgres"
+        (folder / "password").write_text("secret")
+        (folder / "password").chmod(0o644)
+        command = [initdb, "-D", str(folder / "data"), "-U", "xcalib", "-A", "scram-sha-256", "--no-sync", "--locale=C"]
+        command += ["--encoding=UTF8", f"--pwfile={folder / 'password'}"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, **self._user)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        import psycopg
+
+        options = ["-h", "127.0.0.1", "-p", str(self._port), "-k", "", "-F"]
+        with (self.folder / "log").open("ab") as log:
+            self._server = subprocess.Popen(
+                [self._postgres, "-D", str(self.folder / "data"), *options],
+                cwd=self.folder, stdout=log, stderr=log, **self._user,
+            )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                psycopg.connect(self.url).close()
+                return
+            except psycopg.OperationalError:
+                if self._server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError((self.folder / "log").read_text("utf-8")) from None
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        """At once: connections are closed. Nothing committed is lost."""
+        self._server.send_signal(signal.SIGINT)
+        self._server.wait(60)
+
+    def new_database(self) -> str:
+        """An empty database; its URL."""
+        import psycopg
+
+        name = f"x{os.urandom(6).hex()}"
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[arg-type,unused-ignore]
+        return self.url.removesuffix("postgres") + name
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A real server. Without PostgreSQL the test is skipped, and fails where XCALIB_REQUIRE_POSTGRES is 1."""
+    programs = [_program(name) for name in ("initdb", "postgres")]
+    if None in programs or find_spec("psycopg") is None:
+        reason = "needs PostgreSQL (Debian's package postgresql) and psycopg"
+        (pytest.fail if os.environ.get("XCALIB_REQUIRE_POSTGRES") == "1" else pytest.skip)(reason)
+    with tempfile.TemporaryDirectory(prefix="xcalib-postgresql-", ignore_cleanup_errors=True) as folder:
+        server = PostgreSQL(Path(folder), *(str(program) for program in programs))
+        yield server
+        server.stop()

@@ -274,7 +274,7 @@ def test_saved_curves_come_back(curves: Curves, model: Any, samples: Any, tmp_pa
     same(again, curves)
     same(load_curves(tmp_path / "new"), curves)
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
-    assert names == ["collect.json", "curves.json", "curves.safetensors"]
+    assert names == ["collect.json", "curves.json", "curves.safetensors", "journal.jsonl"]
 
 
 def test_resume_of_a_finished_collection_measures_nothing(

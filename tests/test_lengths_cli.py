@@ -75,7 +75,7 @@ def test_one_length_looks_as_before(here: Path, run: Run) -> None:
         code, _, err = run("collect", "tiny", *DATA, *METHOD, *length, "--out", name)
         assert code == 0, err
     files = [sorted(path.name for path in Path(name).iterdir()) for name in ("by-lengths", "by-max")]
-    assert files[0] == files[1] == ["collect.json", "curves.json", "curves.safetensors"]
+    assert files[0] == files[1] == ["collect.json", "curves.json", "curves.safetensors", "journal.jsonl"]
     assert Path("by-lengths/curves.json").read_bytes() == Path("by-max/curves.json").read_bytes()
 
 

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from xcalib.errors import StudyError
 from xcalib.search import _study, _workers
-from xcalib.search._sampler import MERIT, ShiftSampler
+from xcalib.search._sampler import DRAW, MERIT, ShiftSampler
 from xcalib.search._storage import open_storage, open_study
 from xcalib.search._study import place_of, run_trials
 
@@ -210,9 +210,10 @@ def test_killed_and_resumed_gives_the_same_trials(
     assert states(resumed).count("FAIL") == 1 and len(states(resumed)) == 14
 
 
-@pytest.mark.parametrize("kind", ["journal", "sqlite"])
-def test_two_workers_finish_exactly_n(kind: str, journal: str, tmp_path: Path) -> None:
-    location = journal if kind == "journal" else f"sqlite:///{tmp_path / 'study.db'}"
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
+def test_two_workers_finish_exactly_n(kind: str, journal: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    location = {"journal": journal, "sqlite": f"sqlite:///{tmp_path / 'study.db'}"}.get(kind)
+    location = location or request.getfixturevalue("postgresql").new_database()
     count = 24 if kind == "journal" else 8
     opened(location)
     slow = [lambda _step: time.sleep(0.004), lambda _step: time.sleep(0.007)]
@@ -228,6 +229,7 @@ def test_two_workers_finish_exactly_n(kind: str, journal: str, tmp_path: Path) -
     assert set(states(study)) <= {"COMPLETE", "PRUNED", "FAIL"}
     assert {trial.user_attrs["worker"]["pid"] for trial in done} == {worker.pid for worker in workers}
     assert len({tuple(trial.params.values()) for trial in done}) == count  # nobody ran another one's trial
+    assert sorted(trial.user_attrs[DRAW] for trial in done) == list(range(count))
 
 
 def test_a_worker_killed_among_others_costs_nothing(journal: str) -> None:
@@ -302,6 +304,52 @@ def test_a_trial_that_was_taken_over_is_given_up(journal: str) -> None:
 
     run_trials(study, 3, taken)
     assert states(study)[1] == "FAIL" and len(finished(study)) == 3 and len(states(study)) == 4
+
+
+def draw(trial: Trial) -> None:
+    for name in NAMES:
+        trial.suggest_float(name, -1, 1)
+
+
+def test_no_two_trials_draw_with_the_same_number(journal: str) -> None:
+    """Two workers ask at once while a third, which took a trial and never drew, is found dead between their looks."""
+    study = opened(journal)
+    run_trials(study, 1, value_of)
+    left, first = study.ask(), study.ask()
+    write, second = study._storage.set_trial_user_attr, opened(journal)
+
+    def late(trial_id: int, key: str, value: Any) -> None:
+        if trial_id == first._trial_id and states(study)[1] == "RUNNING":
+            second.tell(left.number, state=TrialState.FAIL)
+            draw(second.ask())
+        write(trial_id, key, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study._storage, "set_trial_user_attr", late)
+        draw(first)
+    draw(study.ask())
+    drawn = [trial.user_attrs.get(DRAW) for trial in study.get_trials(deepcopy=False)]
+    assert drawn == [0, None, 1, 2, 3]
+    params = [tuple(trial.params.values()) for trial in study.get_trials(deepcopy=False)]
+    assert len(set(params)) == 5 and params[2][0] == -params[3][0]  # the pair that a single worker would have tried
+
+
+def test_a_retried_trial_keeps_its_number(journal: str) -> None:
+    """Killed after its first value of three, while another worker went on: the other two come from the same draw."""
+    study = opened(journal)
+    run_trials(study, 2, value_of)
+    left, other = study.ask(), study.ask()
+    begun = left.suggest_float(NAMES[0], -1, 1)
+    draw(other)
+    _study._fail(study, left.number)
+    retry = study.ask()
+    draw(retry)
+    trials = study.get_trials(deepcopy=False)
+    assert [trial.user_attrs[DRAW] for trial in trials] == [0, 1, 2, 3, 2]
+    whole = opened(None)
+    run_trials(whole, 3, value_of)
+    assert trials[retry.number].params == whole.trials[2].params
+    assert trials[retry.number].params[NAMES[0]] == begun
 
 
 # --- who is alive

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AblationError",
     "BenchError",
+    "BusyError",
     "CurvesError",
     "DataError",
     "ModelError",
@@ -75,6 +76,10 @@ class StudyError(XcalibError):
 
 class RankError(XcalibError):
     """Of a job in several processes, one failed, or they cannot reach each other."""
+
+
+class BusyError(XcalibError):
+    """Another process is at work in the same folder or on the same file; the message names it."""
 
 
 class BenchError(XcalibError):

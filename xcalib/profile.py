@@ -8,7 +8,6 @@ names the line or the key. This module imports no model, search or terminal libr
 import hashlib
 import json as _json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -597,29 +596,13 @@ def save_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     text = dump_profile(profile, format="json" if suffix == ".json" else "yaml")
     if parse_profile(text, name=name) != profile:  # one made with model_construct, say
         raise _yaml.fault(name, None, "this profile would not read back as it is")
+    from xcalib._files import replace_file  # here: reading a profile needs nothing of it
+
     try:
-        _replace(Path(os.path.realpath(name)), text.encode())
+        replace_file(Path(os.path.realpath(name)), text.encode())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise _yaml.fault(name, None, f"cannot be written: {reason}") from None
-
-
-def _replace(target: Path, data: bytes) -> None:
-    beside = target.with_name(f".xcalib-{secrets.token_hex(8)}.tmp")
-    try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
-    with suppress(OSError):  # the rename itself reaches the disk; not every system can sync a folder
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def json_schema() -> dict[str, Any]:

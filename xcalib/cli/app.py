@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 import xcalib
+from xcalib._lock import lock_file
 from xcalib.cli import options as opt
 from xcalib.cli.ablate import ablate
 from xcalib.cli.bench import bench
@@ -234,7 +235,8 @@ def demo(
     as_json: opt.Json = False,
 ) -> None:
     """The whole job on SmolLM2-135M: search, then prove on held-out text that the profile beats any single tau."""
-    with resumable("run 'xcalib demo --resume'"):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with resumable("run 'xcalib demo --resume'"), lock_file(out):
         result = run_demo(out, seed=seed, resume=resume)
     if as_json:
         print_json(result)

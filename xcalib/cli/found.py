@@ -9,17 +9,16 @@ import typer
 from xcalib.cli.output import console, print_json
 from xcalib.cli.show import render_profile
 from xcalib.errors import TargetMissedError
-from xcalib.profile import Profile, SearchRound, save_profile
+from xcalib.profile import Profile, SearchRound
 from xcalib.search import judge, missed
 
-__all__ = ["TARGET_MISSED", "reporting_misses", "write_profile"]
+__all__ = ["TARGET_MISSED", "report_profile", "reporting_misses"]
 
 TARGET_MISSED = 3  # exit code; 2 is bad input
 
 
-def write_profile(profile: Profile, out: Path, as_json: bool) -> None:
-    """Save what was found and say what is known about it."""
-    save_profile(profile, out)
+def report_profile(profile: Profile, out: Path, as_json: bool) -> None:
+    """Say what is known about a profile that was found and saved."""
     render_profile(profile, console)
     for point in profile.points:
         if point.bound and point.bound.gap is not None:

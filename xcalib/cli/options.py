@@ -7,6 +7,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from xcalib._files import remove_left_overs
+from xcalib._lock import Lock, lock_file
 from xcalib.cli.output import console, quiet_libraries, status
 from xcalib.collect import CollectSettings, Curves, Measure, measured_length
 from xcalib.collect.ranks import ALONE, Ranks
@@ -222,3 +224,19 @@ def check_output(path: Path, overwrite: bool = False) -> None:
         raise DataError(f"{path}: is a folder")
     if path.exists() and not overwrite:
         raise DataError(f"{path}: exists already; choose another file, or give --overwrite")
+
+
+def take_output(path: Path, overwrite: bool = False) -> Lock:
+    """Check an output file and take it: one process at a time may make it.
+
+    Raises:
+        BusyError: another process is making it.
+        DataError: as :func:`check_output`.
+    """
+    check_output(path, overwrite)
+    try:
+        lock = lock_file(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+    remove_left_overs(path)
+    return lock

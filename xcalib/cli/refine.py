@@ -13,6 +13,8 @@ from xcalib.cli.by_length import bin_name
 from xcalib.cli.found import reporting_misses
 from xcalib.cli.output import console, print_json, progress, resumable
 from xcalib.collect import Curves, load_curve_sets
+from xcalib.collect.shares import stamped_units
+from xcalib.collect.units import Units
 from xcalib.data import SampleSet, pooled
 from xcalib.errors import CurvesError, DataError
 from xcalib.evaluation import Evaluation, evaluate_plans
@@ -31,6 +33,7 @@ VALIDATION_SAMPLES = 8
 
 
 def refine(
+    ctx: typer.Context,
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile that `xcalib search` made.")],
     curves: Annotated[
         Path | None, typer.Option(help="The curves that it was searched on; default those in the --work folder.")
@@ -86,7 +89,7 @@ def refine(
     The profile that is written is the given one where there was no gain. Several workers may share the trials: run the same
     command again, on this or another machine, with the same --storage.
     """
-    opt.check_output(out, overwrite)
+    ctx.call_on_close(opt.take_output(out, overwrite).close)
     start = load_profile(profile)
     chosen = start.point(point)
     name = model or start.model.name
@@ -119,8 +122,13 @@ def refine(
             price_range=price_range, seed=seed, bin_index=length_bin, storage=where,
             resume=True if resume else (None if storage else False), progress=progress,
         )  # fmt: skip
-        final, evaluation = _with_evidence(loaded, start, result, heldout, force)
-    save_profile(final, out)
+        units = None
+        if heldout is not None and result.improved:
+            units = _evidence_units(folder, result, heldout, out)
+        final, evaluation = _with_evidence(loaded, start, result, heldout, force, units)
+        save_profile(final, out)
+        if units is not None:
+            units.remove()
     _report(result, evaluation)
     console.print(f"wrote {out}{'' if result.improved else ', unchanged'}", markup=False, soft_wrap=True)
     if as_json:
@@ -147,8 +155,25 @@ def _journal(folder: Path) -> str:
     return f"journal:{folder.absolute() / JOURNAL}"
 
 
+def _evidence_units(folder: Path, result: Refinement, heldout: SampleSet, out: Path) -> Units:
+    """Where finished held-out samples are kept; each of several workers, who write files of their own, keeps its own."""
+    identity = {
+        "profile": result.profile.content_sha256,
+        "point": result.point,
+        "data": heldout.tokens_sha256,
+        "questions": heldout.questions_sha256,
+        "out": str(out.absolute()),
+    }
+    return stamped_units(folder / "heldout", identity)
+
+
 def _with_evidence(
-    loaded: LoadedModel, start: Profile, result: Refinement, heldout: SampleSet | None, force: bool
+    loaded: LoadedModel,
+    start: Profile,
+    result: Refinement,
+    heldout: SampleSet | None,
+    force: bool,
+    units: Units | None,
 ) -> tuple[Profile, Evaluation | None]:
     """The refined point measured on held-out samples beside its start, and through the ship gate as after a search."""
     profile = result.profile
@@ -158,7 +183,7 @@ def _with_evidence(
         result.point: sparse_plan(profile, result.point),
         f"{result.point} before": sparse_plan(start, result.point),
     }
-    found = evaluate_plans(loaded.model, heldout, plans, tokenizer=loaded.tokenizer, progress=progress)
+    found = evaluate_plans(loaded.model, heldout, plans, tokenizer=loaded.tokenizer, units=units, progress=progress)
     profile = with_evidence(profile, found)
     refined = profile.point(result.point)
     enforce(make_profile(**{**dict(profile), "points": (refined,), "default_point": refined.name}), force=force)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from xcalib.cli import options as opt
-from xcalib.cli.found import reporting_misses, write_profile
+from xcalib.cli.found import report_profile, reporting_misses
 from xcalib.cli.output import console, progress, resumable
 from xcalib.cli.refine import refining
 from xcalib.cli.workers import Workers, joined, speaks
@@ -16,6 +16,7 @@ from xcalib.collect.ranks import Ranks
 from xcalib.data import SampleSet, pooled
 from xcalib.errors import ModelError
 from xcalib.models.structure import describe_model
+from xcalib.profile import save_profile
 from xcalib.search import DEFAULT_ROUNDS, Objective, SearchMethod, build_profile, parse_targets, require_measured
 from xcalib.search import search as search_model
 from xcalib.search.rounds import are_measured_on
@@ -24,6 +25,7 @@ __all__ = ["search"]
 
 
 def search(
+    ctx: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help=opt.MODEL_HELP + " May be left out with --curves.")
     ] = None,
@@ -101,6 +103,8 @@ def search(
     with joined(workers) as ranks:
         _check_shared(model, refine_trials, ranks)
         with ranks.together():
+            if ranks.leader:  # not the launcher of --workers, which would hold it against its own rank 0
+                ctx.call_on_close(opt.take_output(out, overwrite).close)
             measured = load_curve_sets(curves) if curves else None
             if measured is not None:
                 tokens = opt.lengths_of_curves(measured, tokens, given=bool(lengths or max_length))
@@ -108,7 +112,9 @@ def search(
                     require_measured(one, objective)
         if model is None:
             assert measured is not None  # checked above
-            write_profile(build_profile(measured, targets, **chosen), out, as_json)
+            profile = build_profile(measured, targets, **chosen)
+            save_profile(profile, out)
+            report_profile(profile, out, as_json)
             _say_without_rounds(rounds, method, measured, ())  # at the end: what goes wrong gives one line, its own
             return
         with ranks.together():
@@ -132,12 +138,12 @@ def search(
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
                 rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
-                progress=progress, ranks=ranks, **chosen,
+                save=lambda found: save_profile(found, out), progress=progress, ranks=ranks, **chosen,
             )  # fmt: skip
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)
         if ranks.leader:
-            write_profile(profile, out, as_json)
+            report_profile(profile, out, as_json)
 
 
 def _check_model(model: str | None, curves: Path | None, refine_trials: int) -> None:

@@ -63,23 +63,27 @@ def collect(
             gets the curves. Rank 0 writes them.
 
     Raises:
-        CurvesError: the folder cannot be used.
+        BusyError: another process is at work in the folder.
+        CurvesError: the folder cannot be used, or the disk is full.
         ModelError: the model cannot be measured, or its activations are not finite.
         RankError: another rank failed.
     """
     settings = settings or CollectSettings()
     identity = describe_model(model, name)
-    units = open_units(folder, _identity(identity.model_dump(), model, samples, settings), resume=resume, ranks=ranks)
-    done = np.array(resume and (units.folder / "curves.json").is_file())
-    if ranks.same(done):
-        return _load_on_all(units.folder, ranks)
-    job = Job(model, identity.query_heads, samples, settings, Shares(units, progress, ranks))
-    curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
-    curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
-    with ranks.together():
-        if ranks.leader:
-            save_curves(curves, units.folder)
-    units.discard()
+    asked = _identity(identity.model_dump(), model, samples, settings)
+    with open_units(folder, asked, resume=resume, ranks=ranks) as units:
+        done = np.array(resume and (units.folder / "curves.json").is_file())
+        if ranks.same(done):
+            curves = _load_on_all(units.folder, ranks)
+            units.discard()  # killed before it could
+            return curves
+        job = Job(model, identity.query_heads, samples, settings, Shares(units, progress, ranks))
+        curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
+        curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
+        with ranks.together():
+            if ranks.leader:
+                save_curves(curves, units.folder)
+        units.discard()
     return curves
 
 

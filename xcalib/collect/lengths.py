@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from xcalib._lock import LOCK_NAME
 from xcalib._yaml import one_line
 from xcalib.collect.curves import Curves, load_curves, write_atomically
 from xcalib.data import check_lengths
@@ -55,6 +56,8 @@ def open_index(folder: str | os.PathLike[str], lengths: Sequence[int], *, resume
 
 
 def _left_over(path: Path) -> bool:
+    if path.name == LOCK_NAME:
+        return True
     return path.suffix == ".tmp" and path.name.startswith(f".{INDEX}.")
 
 

@@ -21,6 +21,7 @@ import torch
 from safetensors.numpy import load, save
 from torch import distributed
 
+from xcalib._lock import RANK_VARIABLES
 from xcalib.collect.watch import KEPT, Watch, own_name
 from xcalib.errors import ModelError, RankError, XcalibError
 from xcalib.progress import Progress
@@ -46,15 +47,11 @@ class Place:
 
     @classmethod
     def of_environment(cls) -> "Place | None":
-        """What ``torchrun`` or ``--workers`` said; None for a process by itself.
-
-        All five variables have to be there: cluster managers set some of them for other purposes.
-        """
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if any(name not in os.environ for name in names):
+        """What ``torchrun`` or ``--workers`` said; None for a process by itself."""
+        if any(name not in os.environ for name in RANK_VARIABLES):
             return None
         try:
-            rank, size, local = (int(os.environ[name]) for name in names[:3])
+            rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         except ValueError as error:
             raise RankError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}") from error
         return cls(rank, size, local) if size > 1 else None

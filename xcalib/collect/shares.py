@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from xcalib.collect.units import Units
 from xcalib.errors import CurvesError, RankError
 from xcalib.progress import Progress, silent
 
-__all__ = ["Advance", "Arrays", "Shares", "open_units"]
+__all__ = ["Advance", "Arrays", "Shares", "open_units", "stamped_units"]
 
 Advance = Callable[[int], None]
 Arrays = dict[str, np.ndarray]
@@ -23,7 +24,7 @@ def open_units(folder: Any, identity: Mapping[str, Any], *, resume: bool, ranks:
     """The folder of a job's units: rank 0 opens or makes it, then the others, whether or not they see the same disk.
 
     Raises:
-        CurvesError: as :class:`Units`.
+        BusyError, CurvesError: as :class:`Units`.
         RankError: a rank's job is another one: its host has other data, say.
     """
     keys = sorted(identity)
@@ -32,6 +33,12 @@ def open_units(folder: Any, identity: Mapping[str, Any], *, resume: bool, ranks:
         names = ", ".join(key for key, other in zip(keys, differs, strict=True) if other)
         raise RankError(f"ranks were given another {names}: take the same model, data and versions on all hosts")
     return ranks.in_turn(lambda: Units(folder, identity, resume=resume or not ranks.leader))
+
+
+def stamped_units(folder: Path, identity: Mapping[str, Any], *, resume: bool = True, ranks: Ranks = ALONE) -> Units:
+    """Units in a folder of their own below ``folder``, named after what they measure: others are no reason to refuse."""
+    stamp = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return open_units(folder / stamp, identity, resume=resume, ranks=ranks)
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,8 @@ class Shares:
         return owner
 
     def _measured(self, index: int, name: str, measure: Callable[[int, Advance], Arrays], advance: Advance) -> Arrays:
+        if self.units is not None:
+            self.units.begin(name)  # a rank looks for all units first
         unit = measure(index, advance)
         if self.units is not None:
             self.units.save(name, unit)

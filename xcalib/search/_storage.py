@@ -3,8 +3,9 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study
 
+from xcalib._files import append_lines
 from xcalib._yaml import one_line
 from xcalib.errors import StudyError
 
-__all__ = ["open_storage", "open_study"]
+__all__ = ["open_storage", "open_study", "storage_errors"]
 
 JOURNAL = "journal:"
 IDENTITY = "refines"  # user attribute of a study
@@ -49,14 +51,46 @@ def _journal(name: str) -> BaseStorage:
     lock = JournalFileOpenLock(str(path))
     try:
         _check_first_line(path)
-        backend = JournalFileBackend(str(path), lock_obj=lock)
+        backend = _Journal(path, lock)
         _cut_torn_line(path, lock)
         return JournalStorage(backend)
+    except StudyError:
+        raise
     except OSError as error:
         raise StudyError(f"storage {str(path)!r}: cannot be opened: {error.strerror or error}") from error
     except Exception as error:  # a file of another kind raises anything
         said = one_line(f"{type(error).__name__}: {error}")
         raise StudyError(f"storage {str(path)!r}: is no journal of Optuna's, or damaged ({said})") from error
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal that a full disk leaves whole: entries are added or not at all, and what goes wrong is a StudyError."""
+
+    def __init__(self, path: Path, lock: JournalFileOpenLock) -> None:
+        super().__init__(str(path), lock_obj=lock)
+        self._path = path
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        try:
+            yield from super().read_logs(log_number_from)
+        except OSError as error:
+            raise self._failed("read", error) from error
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        try:
+            self._lock.acquire()
+            try:
+                self._path.stat()  # one that vanished would be begun anew, without what stood in it
+                append_lines(self._path, lines.encode())
+            finally:
+                self._lock.release()
+        except OSError as error:
+            raise self._failed("written", error) from error
+
+    def _failed(self, what: str, error: OSError) -> StudyError:
+        reason = error.strerror or str(error)
+        return StudyError(f"storage {str(self._path)!r}: cannot be {what}: {reason}; finished trials are kept")
 
 
 def _check_first_line(path: Path) -> None:
@@ -95,15 +129,43 @@ def _database(url: str) -> BaseStorage:
 
     shown = url.partition("://")[0] + "://..."
     try:
-        shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
-        return RDBStorage(url)
+        parsed = sqlalchemy.make_url(url)
+        shown = parsed.render_as_string(hide_password=True)
+        if parsed.drivername == "postgresql" and find_spec("psycopg") is not None:
+            parsed = parsed.set(
+                drivername="postgresql+psycopg"
+            )  # what SQLAlchemy takes by itself differs by its version
+        # A trial may take longer than a server or a router keeps an idle connection: look before one is used again.
+        return RDBStorage(parsed.render_as_string(hide_password=False), engine_kwargs={"pool_pre_ping": True})
     except ModuleNotFoundError as error:
-        raise StudyError(f"storage {shown!r}: needs a database driver: pip install {error.name}") from error
+        wanted = "'xcalib[postgres]'" if url.startswith("postgresql") else error.name
+        raise StudyError(f"storage {shown!r}: needs a database driver: pip install {wanted}") from error
     except Exception as error:  # drivers raise what they like
         cause = error.__cause__ or error
         said = one_line(f"{type(cause).__name__}: {cause}".partition("\n")[0])
         raise StudyError(
             f"storage {shown!r}: cannot be opened ({said}); expected journal:PATH or a database URL"
+        ) from error
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """A database that fails or goes away while trials are run ends them with one line.
+
+    Raises:
+        StudyError: what the driver said.
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause: BaseException = error
+        while isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
+        said = one_line(f"{type(cause).__name__}: {cause}".partition("\n")[0])
+        raise StudyError(
+            f"the storage of the trials failed ({said}); finished trials are kept: run the same command again"
         ) from error
 
 

@@ -9,6 +9,7 @@ from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
 from xcalib.progress import Progress, silent
+from xcalib.search._sampler import DRAW, RETRY
 from xcalib.search._workers import Heartbeat, StaleWatch, Worker, is_signed
 
 __all__ = ["place_of", "run_trials"]
@@ -95,4 +96,5 @@ def _fail(study: Study, number: int) -> None:
     trial = study.get_trials(deepcopy=False)[number]
     params = trial.system_attrs.get("fixed_params", {}) | trial.params
     if params:
-        study.enqueue_trial(params, user_attrs={"retry of trial": number})
+        kept = {key: trial.user_attrs[key] for key in (DRAW,) if key in trial.user_attrs}
+        study.enqueue_trial(params, user_attrs={RETRY: number, **kept})

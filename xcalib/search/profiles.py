@@ -1,27 +1,26 @@
 """The main job: measure, search, and write down the evidence."""
 
-import hashlib
-import json
 import os
 import platform
-import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from xcalib._lock import lock_folder
 from xcalib.collect import CollectSettings, Curves, collect_lengths, measured_length
 from xcalib.collect.ranks import ALONE, Ranks
-from xcalib.collect.shares import open_units
+from xcalib.collect.shares import stamped_units
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, pooled
-from xcalib.errors import TargetError, XcalibWarning
+from xcalib.errors import CurvesError, TargetError, XcalibWarning
 from xcalib.evaluation import refuse_overlap
 from xcalib.profile import OperatingPoint, Profile, make_profile
 from xcalib.progress import Progress, silent
-from xcalib.search.drop import drop_meters
+from xcalib.search.drop import DropMeters
 from xcalib.search.evidence import add_evidence
 from xcalib.search.gate import enforce
 from xcalib.search.lengths import (
@@ -83,6 +82,7 @@ def search(
     resume: bool = False,
     force: bool = False,
     adjust: Callable[[Profile, Sequence[Curves]], Profile] | None = None,
+    save: Callable[[Profile], object] | None = None,
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> Profile:
@@ -111,10 +111,13 @@ def search(
         resume: go on with what ``folder`` holds, with any number of ranks.
         force: return the profile although a point misses its target on held-out data; the point is marked unverified.
         adjust: changes what was found before it is measured on held-out data, as a refinement does.
+        save: gets the profile before finished measurements are removed from ``folder``, so that a search that is killed before
+            the profile is on disk repeats nothing; of several ranks, rank 0 calls it.
         progress: draws the work.
         ranks: processes that share the samples of every measurement, as in :func:`xcalib.collect.collect`; all get the profile.
 
     Raises:
+        BusyError: another process is at work in ``folder``.
         TargetMissedError: held-out data say that a target is missed (the rule: docs/search.md); it carries the profile.
         XcalibError: what is wrong, where, and what to do, in one line.
     """
@@ -127,8 +130,7 @@ def search(
     sets, heldout = _samples(data, heldout, tokenizer, amount)
     if heldout is not None:
         refuse_overlap(calibration_documents(sets, measured), heldout)
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(folder if folder is not None else temporary)
+    with tempfile.TemporaryDirectory() as temporary, _work_in(Path(folder or temporary), ranks) as root:
         if measured is None:
             settings = measuring(settings or CollectSettings(), objective)
             refuse_unreachable(targets, sets, settings.block_size)
@@ -137,29 +139,47 @@ def search(
                 ranks=ranks,
             )  # fmt: skip
         again = Rounds(rounds if method == "knapsack" else 0, sets, measured, root / "rounds", ranks)
+        drops = DropMeters(model, tokenizer, root / "drop", progress, ranks)
         profile = build_profile(
             measured,
             targets,
             method=method,
             objective=objective,
             start_threshold=start_threshold,
-            accuracy_drop=drop_meters(model, sets, measured, tokenizer, progress, ranks),
+            accuracy_drop=drops.of(sets, measured),
             improve=again.improvers(model, objective, progress),
         )
         if adjust is not None:
             profile = adjust(profile, measured)
+        units = None
         if heldout is not None:
-            identity = _evidence_identity(profile, heldout)
-            # a folder of its own: other targets on the same curves are no reason to refuse
-            stamp = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-            units = open_units(root / "heldout" / stamp, identity, resume=resume, ranks=ranks)
+            units = stamped_units(root / "heldout", _evidence_identity(profile, heldout), resume=resume, ranks=ranks)
             profile = add_evidence(
                 model, profile, heldout, tokenizer=tokenizer, units=units, progress=progress, ranks=ranks
             )
             enforce(profile, force=force)  # a miss leaves what was measured where it is, for the same with force
-            shutil.rmtree(units.folder, ignore_errors=True)
+        if save is not None:
+            with ranks.together():
+                if ranks.leader:
+                    save(profile)
+        if units is not None:
+            units.remove()
+        drops.discard()
         again.discard()
         return profile
+
+
+@contextmanager
+def _work_in(folder: Path, ranks: Ranks) -> Iterator[Path]:
+    """The folder, made if it is not there, and no other job's meanwhile."""
+    with ranks.together():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(folder)
+        except OSError as error:
+            raise CurvesError(f"{folder}: cannot be made: {error.strerror or error}") from error
+    with lock:
+        yield folder
 
 
 def _samples(

@@ -117,7 +117,7 @@ def refine_point(
     """
     from xcalib.search._objective import PointObjective
     from xcalib.search._sampler import ShiftSampler
-    from xcalib.search._storage import open_storage, open_study
+    from xcalib.search._storage import open_storage, open_study, storage_errors
     from xcalib.search._study import run_trials
     from xcalib.search._validation import Validation
 
@@ -130,19 +130,20 @@ def refine_point(
     judge_on = Meter(model, plan, validation, bin_index=bin_index, every=every)
     options = {"dimensions": len(space.names), "price range": price_range, "seed": seed, "every": every}
     identity = _identity(profile, chosen, space, samples, bin_index) | options
-    study = open_study(
-        open_storage(storage),
-        f"xcalib {chosen.name} {_digest(identity)}",
-        identity,
-        metric={"kl": "KL", "density": "density"}[objective.aim.least],
-        resume=resume,
-        sampler=ShiftSampler(objective.distributions(), seed),
-    )
-    objective.prepare(study, progress)
-    run_trials(study, trials, objective, description=f"Refining {chosen.name}", progress=progress)
-    best = Validation(study, objective, judge_on).best(validation, progress)
-    record = _Record(seed, len(space.names), samples, validation, bin_index)
-    return _refinement(profile, chosen, study, objective.aim, best, record)
+    with storage_errors():
+        study = open_study(
+            open_storage(storage),
+            f"xcalib {chosen.name} {_digest(identity)}",
+            identity,
+            metric={"kl": "KL", "density": "density"}[objective.aim.least],
+            resume=resume,
+            sampler=ShiftSampler(objective.distributions(), seed),
+        )
+        objective.prepare(study, progress)
+        run_trials(study, trials, objective, description=f"Refining {chosen.name}", progress=progress)
+        best = Validation(study, objective, judge_on).best(validation, progress)
+        record = _Record(seed, len(space.names), samples, validation, bin_index)
+        return _refinement(profile, chosen, study, objective.aim, best, record)
 
 
 def _check(

@@ -1,10 +1,7 @@
 """The rounds of a whole search: one sequential search for each length, and what is kept until the profile is there."""
 
 import hashlib
-import json
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ from typing import Any
 from xcalib.collect import Curves, measured_length
 from xcalib.collect.lengths import labelled
 from xcalib.collect.ranks import ALONE, Ranks
-from xcalib.collect.shares import Shares, open_units
+from xcalib.collect.shares import Shares, stamped_units
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.progress import Progress
@@ -55,10 +52,8 @@ class Rounds:
 
     def discard(self) -> None:
         """Remove the measurements, once what they led to is known for good."""
-        for units in self._units:
-            shutil.rmtree(units.folder, ignore_errors=True)
-        with suppress(OSError):  # those of other curves stay
-            self._folder.rmdir()
+        for units in self._units:  # those of other curves stay
+            units.remove()
 
     def _improver(
         self, model: Any, samples: SampleSet, curves: Curves, objective: Objective, progress: Progress
@@ -70,9 +65,8 @@ class Rounds:
             "curves": hashlib.sha256(curves.error.tobytes()).hexdigest(),  # tells weights of one configuration apart
             **settings,
         }
-        stamp = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         # A unit's name says which thresholds it measured: another target, or an objective, may take up what is there.
-        units = open_units(self._folder / stamp, identity, resume=True, ranks=self._ranks)
+        units = stamped_units(self._folder, identity, ranks=self._ranks)
         self._units.append(units)
         if len(self._pairs) > 1:
             progress = labelled(progress, measured_length(curves))
