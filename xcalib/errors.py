@@ -18,6 +18,7 @@ __all__ = [
     "DataError",
     "ModelError",
     "ProfileError",
+    "RecipeError",
     "StudyError",
     "TargetError",
     "TargetMissedError",
@@ -65,6 +66,10 @@ class TargetMissedError(TargetError):
 
 class ProfileError(XcalibError):
     """A profile file is not valid; the message names the line or the key."""
+
+
+class RecipeError(XcalibError):
+    """A recipe is not valid; the message names the file, the line and the key."""
 
 
 class StudyError(XcalibError):

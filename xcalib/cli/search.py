@@ -9,9 +9,10 @@ import typer
 from xcalib.cli import options as opt
 from xcalib.cli.found import reporting_misses, write_profile
 from xcalib.cli.output import console, progress, resumable
+from xcalib.cli.recipes import RecipeIn, RecipeOut, values_of, with_recipe, write_recipe
 from xcalib.cli.refine import refining
 from xcalib.collect import Curves, load_curve_sets
-from xcalib.data import SampleSet, pooled
+from xcalib.data import SampleSet, parse_specs, pooled
 from xcalib.errors import ModelError
 from xcalib.models.structure import describe_model
 from xcalib.search import DEFAULT_ROUNDS, Objective, SearchMethod, build_profile, parse_targets, require_measured
@@ -22,6 +23,7 @@ __all__ = ["search"]
 
 
 def search(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help=opt.MODEL_HELP + " May be left out with --curves.")
     ] = None,
@@ -32,13 +34,19 @@ def search(
             "--target",
             "-t",
             metavar="[NAME:]KIND=VALUE",
+            callback=opt.checked(parse_targets),
             help="density=0.25, kl=0.01, drop=1% (task accuracy) or speedup=4. One unnamed target is the point 'balanced', with "
             "'fidelity' and 'fast' around it; several get the names given.",
         ),
     ] = None,
     data: opt.Data = None,
     heldout_data: Annotated[
-        list[str] | None, typer.Option(metavar="SPEC", help="Held-out data; default: other documents of --data.")
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            callback=opt.checked(parse_specs),
+            help="Held-out data; default: other documents of --data.",
+        ),
     ] = None,
     num_samples: opt.NumSamples = 8,
     heldout_samples: Annotated[int, typer.Option(min=0, help="Held-out samples; 0 leaves the evidence out.")] = 6,
@@ -82,12 +90,18 @@ def search(
             "--force", help="Write the profile although a target is missed on held-out data, marked unverified."
         ),
     ] = False,
+    recipe: RecipeIn = None,
+    recipe_out: RecipeOut = None,
     as_json: opt.Json = False,
 ) -> None:
     """Measure MODEL, find the thresholds of every head, and write a profile with held-out evidence.
 
     Exit code 3, and no file, when held-out data say that a target is missed; 2 for bad input.
     """
+    del recipe  # its values are in the options already
+    if recipe_out is not None:
+        write_recipe(context, recipe_out)
+        return
     targets = parse_targets(target or [])
     opt.check_output(out, overwrite)
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
@@ -139,7 +153,7 @@ def search(
             )  # fmt: skip
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)
-    write_profile(profile, out, as_json)
+    write_profile(with_recipe(profile, values_of(context)), out, as_json)
     if model is None and measured is not None:
         _say_without_rounds(rounds, method, measured, ())  # at the end: what goes wrong gives one line, its own
 
