@@ -22,7 +22,6 @@ DATA_HELP = (
 )
 
 
-
 def checked(read: Callable[[Any], object]) -> Callable[[Any], Any]:
     """A callback that looks at an option's value before anything is done, and leaves it as it is."""
 
@@ -46,7 +45,9 @@ def one_of(*allowed: Any) -> Callable[[Any], Any]:
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Data = Annotated[list[str] | None, typer.Option("--data", "-d", metavar="SPEC", callback=checked(parse_specs), help=DATA_HELP)]
+Data = Annotated[
+    list[str] | None, typer.Option("--data", "-d", metavar="SPEC", callback=checked(parse_specs), help=DATA_HELP)
+]
 NumSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 MaxLength = Annotated[int | None, typer.Option(min=64, help="Tokens of the longest sample; default 2048.")]
 Lengths = Annotated[

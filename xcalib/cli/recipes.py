@@ -74,7 +74,9 @@ def _plain(callback: Callable[[Any], Any] | None) -> Callable[[Any], object] | N
 def _no_function(specs: list[str]) -> None:
     for spec in parse_specs(specs):
         if spec.kind == "function":
-            raise ValueError(f"{spec.name!r} is a function, and a profile's recipe may not say what is run: give --data")
+            raise ValueError(
+                f"{spec.name!r} is a function, and a profile's recipe may not say what is run: give --data"
+            )
 
 
 def _as_text(kind: Any) -> Any:
@@ -131,7 +133,11 @@ def write_recipe(context: typer.Context, file: Path) -> None:
         raise RecipeError(f"{file}: exists already; choose another file")
     values = values_of(context)
     replace_file(file, recipe_text(values, f"xcalib {context.command.name} --recipe THIS_FILE").encode())
-    console.print(f"wrote {file}, ran nothing; run it: xcalib {context.command.name} --recipe {file}", markup=False, soft_wrap=True)
+    console.print(
+        f"wrote {file}, ran nothing; run it: xcalib {context.command.name} --recipe {file}",
+        markup=False,
+        soft_wrap=True,
+    )
     if values.get("json"):
         print_json({"recipe": str(file)})
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from xcalib._arrays import read_arrays
+from xcalib._reading import check_inside
 from xcalib.collect.curves import write_atomically
-from xcalib.errors import CurvesError
+from xcalib.collect.reading import read_record
+from xcalib.errors import CurvesError, ProfileError
 
 __all__ = ["Units"]
 
@@ -37,10 +39,13 @@ class Units:
             raise CurvesError(f"{self.folder}: is not empty and holds no collection; choose another folder")
         try:
             self._units.mkdir(parents=True, exist_ok=True)
+            check_inside(self._units, self.folder)
             for path in filter(_left_over, self.folder.glob(".*.tmp")):
                 path.unlink()
         except OSError as error:
             raise CurvesError(f"{self.folder}: cannot be made: {error.strerror or error}") from error
+        except ProfileError as error:
+            raise CurvesError(str(error)) from None
         if not plan.is_file():
             write_atomically(plan, json.dumps(wanted, indent=1, sort_keys=True).encode() + b"\n")
         self._stamp = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
@@ -51,9 +56,9 @@ class Units:
                 f"{self.folder}: already holds a collection; go on with --resume, or choose another folder"
             )
         try:
-            found = json.loads(plan.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CurvesError(f"{plan}: cannot be read ({error}); remove the folder and collect again") from error
+            found = read_record(plan)
+        except ProfileError as error:
+            raise CurvesError(f"{error}; remove the folder and collect again") from error
         different = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
         if different:
             raise CurvesError(
@@ -62,11 +67,13 @@ class Units:
 
     def load(self, name: str) -> dict[str, np.ndarray] | None:
         """A finished unit's arrays, or None when it is not finished (a damaged file counts as not finished)."""
+        path = self._units / f"{name}.safetensors"
         try:
-            arrays = load((self._units / f"{name}.safetensors").read_bytes())
-        except (OSError, SafetensorError):
+            check_inside(path, self.folder)
+            arrays = read_arrays(path)
+        except ProfileError:
             return None
-        return arrays if bytes(arrays.pop("stamp", np.zeros(0, np.uint8))).hex() == self._stamp else None
+        return arrays if arrays.pop("stamp", np.zeros(0, np.uint8)).tobytes().hex() == self._stamp else None
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write a unit whole or not at all."""
