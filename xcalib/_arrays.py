@@ -14,7 +14,9 @@ from xcalib._reading import open_regular
 
 __all__ = ["MAX_BYTES", "Layout", "read_arrays"]
 
-MAX_BYTES = 8 << 30  # curves of a 128-layer, 128-head model, 256 samples and 32 levels take 2 GiB, and 4 with all measures
+MAX_BYTES = (
+    8 << 30
+)  # curves of a 128-layer, 128-head model, 256 samples and 32 levels take 2 GiB, and 4 with all measures
 MAX_HEADER = 1 << 20  # of ten thousand arrays; the library would take 100 MB
 MAX_DIMENSIONS = 8
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes of an item

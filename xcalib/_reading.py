@@ -21,20 +21,26 @@ def open_regular(path: str | os.PathLike[str], limit: int) -> Iterator[BinaryIO]
     """
     name = os.fsdecode(path)
     try:
-        # Asked before opening, for opening a device may do things, and again of what was opened; O_NONBLOCK does not wait
-        # for the writer of a pipe that took the file's place in between.
-        if not stat.S_ISREG(Path(name).stat().st_mode):
-            raise fault(name, None, "not a file")
-        with open(os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:  # noqa: PTH123
+        with _opened(name) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise fault(name, None, "not a file")
             if found.st_size > limit:
                 raise fault(name, None, f"{found.st_size:,} bytes, more than the {limit:,} that are read")
             yield file
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise fault(name, None, f"cannot be read: {reason}") from None
+    except OSError as error:
+        raise fault(name, None, f"cannot be read: {error.strerror or error}") from None
+
+
+def _opened(name: str) -> BinaryIO:
+    try:
+        # Asked before opening, for opening a device may do things, and again of what was opened; O_NONBLOCK does not wait
+        # for the writer of a pipe that took the file's place in between.
+        if not stat.S_ISREG(Path(name).stat().st_mode):
+            raise fault(name, None, "not a file")
+        return open(os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")  # noqa: PTH123
+    except ValueError as error:  # a NUL in the name
+        raise fault(name, None, f"cannot be read: {error}") from None
 
 
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -5,18 +5,21 @@ import re
 from typing import Any
 
 WORDS = [
-    b"null", b"true", b"false", b"~", b"NaN", b"-Infinity", b"1e999", b"-1", b"-0.0", b"1e-400", b"0x10", b"1_0", b"010", b".inf",
-    b"9" * 19, b"9" * 30, b"9" * 4301, b"18446744073709551616", b"[]", b"{}", b"[[]]", b'""', b"''", b'"\\ud800"', b'"\\u0000"',
-    b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x1b[31m", b"\xe2\x80\xae", b"\x85", b"\r", b"\n", b"\t", b": ", b"- ",
-    b"? ", b"<<: ", b"&a ", b"*a", b"&a [*a, *a]", b"!!python/object/apply:os.system ['x']", b"!!binary x", b"%YAML 1.1\n---\n",
-    b"---\n", b"...\n", b"|\n  x", b">-", b"[" * 40, b"{" * 40, b"[" * 3000, b'{"a":' * 3000, b"(" * 300, b"-" * 3000, b"+a" * 3000,
-    b"../", b"/etc/passwd", b"lambda: ", b"0xf" + b"f" * 5000, b"1j", b"(yield)", b"f'{a}'", b"__import__('os')", b"# coding: x\n",
-    b"schema_version", b"content_sha256", b"recipe:", b"trust_remote_code: true", b"os:system", b"data_offsets", b"__metadata__",
+    b"null", b"true", b"false", b"~", b"NaN", b"-Infinity", b"1e999", b"-1", b"-0.0", b"1e-400", b"0x10", b"1_0",
+    b"010", b".inf", b"9" * 19, b"9" * 30, b"9" * 4301, b"18446744073709551616", b"[]", b"{}", b"[[]]", b'""', b"''",
+    b'"\\ud800"', b'"\\u0000"', b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x1b[31m", b"\xe2\x80\xae",
+    b"\x85", b"\r", b"\n", b"\t", b": ", b"- ", b"? ", b"<<: ", b"&a ", b"*a", b"&a [*a, *a]",
+    b"!!python/object/apply:os.system ['x']", b"!!binary x", b"%YAML 1.1\n---\n", b"---\n", b"...\n", b"|\n  x",
+    b">-", b"[" * 40, b"{" * 40, b"[" * 3000, b'{"a":' * 3000, b"(" * 300, b"-" * 3000, b"+a" * 3000, b"../",
+    b"/etc/passwd", b"lambda: ", b"0xf" + b"f" * 5000, b"1j", b"(yield)", b"f'{a}'", b"__import__('os')",
+    b"# coding: x\n", b"schema_version", b"content_sha256", b"recipe:", b"trust_remote_code: true", b"os:system",
+    b"data_offsets", b"__metadata__",
 ]  # fmt: skip
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 64, 0.5, -0.0, 1e300, 1e-320, float("nan"), float("inf"), 2**31, 2**63, 2**64, 2**70, 10**25,
-    "", "x", "1", "nan", "\x1b[31m", "\ud800", "../../x", "a" * 5000, [], {}, [[]], [None], [0.5], [1, "a"], {"a": 1}, [[0.5], [0.1]],
-    [True], "F64", "I64", "BF16", [2**30, 2**30], [0], [0, 0], [8, 0], [0, 2**60], "antidiagonal", "jsonl:/etc/passwd", [-1], {"": ""},
+    None, True, False, 0, 1, -1, 2, 64, 0.5, -0.0, 1e300, 1e-320, float("nan"), float("inf"), 2**31, 2**63, 2**64,
+    2**70, 10**25, "", "x", "1", "nan", "\x1b[31m", "\ud800", "../../x", "a" * 5000, [], {}, [[]], [None], [0.5],
+    [1, "a"], {"a": 1}, [[0.5], [0.1]], [True], "F64", "I64", "BF16", [2**30, 2**30], [0], [0, 0], [8, 0], [0, 2**60],
+    "antidiagonal", "jsonl:/etc/passwd", [-1], {"": ""},
 ]  # fmt: skip
 
 
@@ -107,5 +110,9 @@ def changed_header(rng: Any, data: bytes) -> bytes:
         rest += b"\0" * rng.choice([1, 8, 64])
     elif kind == 3 and len(rest) >= 8:
         at = 8 * rng.randrange(len(rest) // 8)
-        rest = rest[:at] + rng.choice([b"\xff" * 8, b"\0" * 8, b"\0\0\0\0\0\0\xf0\x7f", b"\xff" * 7 + b"\x7f"]) + rest[at + 8 :]
+        rest = (
+            rest[:at]
+            + rng.choice([b"\xff" * 8, b"\0" * 8, b"\0\0\0\0\0\0\xf0\x7f", b"\xff" * 7 + b"\x7f"])
+            + rest[at + 8 :]
+        )
     return stated.to_bytes(8, "little") + head + rest

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -185,7 +184,9 @@ def read_plan(data: bytes) -> object:
     return Units(folder() / "plan", IDENTITY, resume=True)
 
 
-TABLE = "llama_fuse_8 = torch.tensor([[0.5, 1, -0.0],\n [0x1, 1e-3, .25]], dtype=torch.float32)\nother = [[0.1], [0.2]]\n"
+TABLE = (
+    "llama_fuse_8 = torch.tensor([[0.5, 1, -0.0],\n [0x1, 1e-3, .25]], dtype=torch.float32)\nother = [[0.1], [0.2]]\n"
+)
 
 
 def read_table_file(name: str) -> Callable[[bytes], object]:
@@ -238,5 +239,3 @@ def holds(reader: Reader, data: bytes) -> bool:
 
 def seeds() -> list[tuple[Reader, bytes]]:
     return [(reader, seed) for reader in readers() for seed in reader.seeds]
-
-

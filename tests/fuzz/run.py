@@ -7,6 +7,7 @@ goes on; the log ends with a line of counts, and every minute has one. Exit code
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-# of this folder's parent: `import kernels` must not find the checkout's
 try:
     import atheris
 except ImportError:
@@ -28,13 +28,15 @@ if atheris is not None:
         import xcalib._reading
         import xcalib._yaml
         import xcalib.profile
-    with atheris.instrument_imports(include=["xcalib.recipe", "xcalib.interop", "xcalib.data._jsonl", "xcalib.collect.reading"]):
+    with atheris.instrument_imports(
+        include=["xcalib.recipe", "xcalib.interop", "xcalib.data._jsonl", "xcalib.collect.reading"]
+    ):
         import xcalib.collect.reading
         import xcalib.data._jsonl
         import xcalib.interop
         import xcalib.recipe  # noqa: F401
 
-from mutations import changed_bytes, mutated
+from mutations import mutated
 from readers import Reader, holds, readers
 
 SLOW = 10.0  # seconds of one input
@@ -82,6 +84,7 @@ class Run:
             "guided": atheris is not None,
             "seed": self.seed,
             "seconds": round(self.told - self.began),
+            "cpu_seconds": round(time.process_time()),
             "executions": self.valid.total() + self.refused.total() + sum(self.found.values()),
             "valid": dict(self.valid),
             "refused": dict(self.refused),
@@ -126,10 +129,6 @@ def unguided(run: Run, corpus: list[bytes], seconds: int, seed: int) -> None:
     run.tell("done")
 
 
-class _Done(BaseException):
-    """Ends libFuzzer's loop from inside: it has no other way back to Python."""
-
-
 def guided(run: Run, corpus: list[bytes], seconds: int, seed: int) -> None:
     folder = run.log.with_name(f"{run.log.stem}-corpus")
     folder.mkdir(exist_ok=True)
@@ -141,11 +140,15 @@ def guided(run: Run, corpus: list[bytes], seconds: int, seed: int) -> None:
         if time.monotonic() - run.began > seconds:
             run.tell("done")
             sys.stderr.flush()
-            import os
+            os._exit(1 if run.found else 0)  # libFuzzer has no other way back
 
-            os._exit(1 if run.found else 0)
-
-    options: list[Any] = [f"-seed={seed}", "-max_len=65536", "-timeout=120", "-rss_limit_mb=6144", "-use_value_profile=1"]
+    options: list[Any] = [
+        f"-seed={seed}",
+        "-max_len=65536",
+        "-timeout=120",
+        "-rss_limit_mb=6144",
+        "-use_value_profile=1",
+    ]
     arguments = [sys.argv[0], *options, f"-artifact_prefix={folder.parent}/", str(folder)]
     atheris.Setup(arguments, one, custom_mutator=mutate, enable_python_coverage=True)
     atheris.Fuzz()

@@ -142,7 +142,23 @@ def write_recipe(context: typer.Context, file: Path) -> None:
         print_json({"recipe": str(file)})
 
 
-def with_recipe(profile: Profile, values: Mapping[str, Any]) -> Profile:
-    """The profile with the recipe that made it: of ``values``, what decides the result."""
+def with_recipe(profile: Profile, values: Mapping[str, Any], *, from_curves: bool) -> Profile:
+    """The profile with the recipe that made it: of ``values``, what decides the result.
+
+    What was left to a default that the command fills in later, and what given curves decide, is taken from the profile.
+    """
     kept = {key: value for key, value in values.items() if key not in NOT_KEPT}
+    record = profile.calibration
+    found: dict[str, Any] = {"model": profile.model.name, "data": list(record.sources)}
+    if from_curves:
+        kept |= {"num_samples": record.samples // len(profile.length_bins), "seed": record.seed} | found
+        kept |= {"gain_samples": record.gain_samples} if record.gain_samples else {}
+    kept = found | kept | {key: getattr(profile.method, key) for key in ("stride", "block_size", "pattern", "order")}
+    lengths = record.lengths or (record.max_length,)
+    if len(lengths) > 1:
+        kept.pop("max_length", None)
+        kept["lengths"] = ",".join(map(str, lengths))
+    else:
+        kept.pop("lengths", None)
+        kept["max_length"] = lengths[0]
     return make_profile(**{**dict(profile), "recipe": kept})

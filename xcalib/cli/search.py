@@ -153,7 +153,7 @@ def search(
             )  # fmt: skip
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)
-    write_profile(with_recipe(profile, values_of(context)), out, as_json)
+    write_profile(with_recipe(profile, values_of(context), from_curves=measured is not None), out, as_json)
     if model is None and measured is not None:
         _say_without_rounds(rounds, method, measured, ())  # at the end: what goes wrong gives one line, its own
 

@@ -69,7 +69,9 @@ def _read_index(root: Path) -> tuple[int, ...]:
     try:
         record = read_record(root / INDEX)
         if record["format"] != FORMAT:
-            raise CurvesError(f"{root}: index format {quote(record['format'])}, this version reads {FORMAT}: collect again")
+            raise CurvesError(
+                f"{root}: index format {quote(record['format'])}, this version reads {FORMAT}: collect again"
+            )
         return check_lengths(record["lengths"])
     except (ValueError, LookupError, TypeError, DataError, ProfileError) as error:
         raise CurvesError(f"{root / INDEX}: damaged ({one_line(str(error))}); collect again with --resume") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from xcalib import _yaml
 from xcalib._arrays import Layout, read_arrays
@@ -45,7 +45,9 @@ def load_curves(folder: str | os.PathLike[str]) -> Curves:
         curves = _read(root)
     except (ProfileError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         said = str(error) if isinstance(error, ProfileError) else f"{type(error).__name__}: {error}"
-        raise CurvesError(f"{_yaml.one_line(str(root))}: damaged curves ({_yaml.one_line(said)}); collect again") from error
+        raise CurvesError(
+            f"{_yaml.one_line(str(root))}: damaged curves ({_yaml.one_line(said)}); collect again"
+        ) from error
     for fault in _faults(curves):
         raise CurvesError(f"{root}: damaged curves ({fault}); collect again")
     return curves
