@@ -97,11 +97,14 @@ class Run:
             file.write(line + "\n")
 
 
-def mutate(data: bytes, limit: int, seed: int) -> bytes:
-    """Keep the reader's byte, change the file; a third is left to the fuzzer's own mutations."""
+def mutate(data: bytes, limit: int, seed: int, corpus: list[bytes]) -> bytes:
+    """Keep the reader's byte, change the file; a third is left to the fuzzer's own mutations.
+
+    One in six begins with a valid file: the fuzzer keeps only inputs that reach new code, and readers share most of theirs.
+    """
     rng = random.Random(seed)
-    if not data:
-        return bytes([rng.randrange(256)])
+    if len(data) < 2 or rng.randrange(6) == 0:
+        data = rng.choice(corpus)
     if atheris is not None and rng.randrange(3) == 0:
         return data[:1] + bytes(atheris.Mutate(data[1:] or b"x", limit - 1))
     return (data[:1] + mutated(rng, data[1:]))[:limit]
@@ -125,7 +128,7 @@ def main() -> int:
 def unguided(run: Run, corpus: list[bytes], seconds: int, seed: int) -> None:
     rng = random.Random(seed)
     while time.monotonic() - run.began < seconds:
-        run.one(mutate(rng.choice(corpus), 1 << 16, rng.randrange(2**63)))
+        run.one(mutate(rng.choice(corpus), 1 << 16, rng.randrange(2**63), corpus))
     run.tell("done")
 
 
@@ -149,8 +152,12 @@ def guided(run: Run, corpus: list[bytes], seconds: int, seed: int) -> None:
         "-rss_limit_mb=6144",
         "-use_value_profile=1",
     ]
+
+    def mutator(data: bytes, limit: int, seed: int) -> bytes:
+        return mutate(data, limit, seed, corpus)
+
     arguments = [sys.argv[0], *options, f"-artifact_prefix={folder.parent}/", str(folder)]
-    atheris.Setup(arguments, one, custom_mutator=mutate, enable_python_coverage=True)
+    atheris.Setup(arguments, one, custom_mutator=mutator, enable_python_coverage=True)
     atheris.Fuzz()
 
 
