@@ -116,7 +116,12 @@ def test_an_error_must_be_one_short_line(readers: ModuleType, message: str) -> N
         readers.holds(readers.Reader("broken", (b"",), broken), b"")
 
 
-WITHOUT = "import runpy, sys; sys.modules['atheris'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+WITHOUT = """
+import runpy, sys
+sys.modules["atheris"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.mark.parametrize("guided", [True, False], ids=["atheris", "without"])
