@@ -5,7 +5,6 @@ import inspect
 import json
 import os
 import resource
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -84,16 +83,20 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-@pytest.mark.parametrize("name", READ)
-@pytest.mark.parametrize("start", [b"", b"{", b'{"a": "', b"# x\n"], ids=["zeros", "brace", "text", "comment"])
-def test_a_gigabyte_is_not_read(name: str, start: bytes, folder: Path) -> None:
+STARTS = {"zeros": b"", "brace": b"{", "text": b'{"a": "', "comment": b"# x\n"}
+# rows have no limit together: one gigabyte of them is read, a piece at a time
+GIGABYTES = [(name, start) for name in READ for start in STARTS if name != "rows.jsonl" or start == "text"]
+
+
+@pytest.mark.parametrize(("name", "start"), GIGABYTES)
+def test_a_gigabyte_is_not_read(name: str, start: str, folder: Path) -> None:
     path = folder / name
-    path.write_bytes(start)
+    path.write_bytes(STARTS[start])
     os.truncate(path, GIB)  # takes no room on the disk
     before = peak()
     message = refused(lambda: READ[name](path))
     assert peak() - before < 200 * MIB
-    assert "more than the" in message or "more than" in message or "its header has" in message
+    assert any(said in message for said in ("more than", "its header has", "not JSON", "NUL byte"))
 
 
 @pytest.mark.parametrize("name", READ)
@@ -130,10 +133,10 @@ def test_a_journal_is_a_file(tmp_path: Path) -> None:
 def test_a_long_row_is_dropped_and_the_next_is_read(tmp_path: Path) -> None:
     path, drops = tmp_path / "rows.jsonl", Drops()
     with path.open("wb") as file:
-        for size in (10, MAX_LINE - 12, MAX_LINE - 11, 3 * MAX_LINE + 5, 20):
+        for size in (10, MAX_LINE - 13, MAX_LINE - 12, 3 * MAX_LINE + 5, 20):
             file.write(b'{"text": "' + b"a" * size + b'"}\n')
     found = list(jsonl_documents("jsonl:x", str(path), drops))
-    assert [document.size for document in found] == [10, MAX_LINE - 12 - 1 + 1, 20]
+    assert [document.size for document in found] == [10, MAX_LINE - 13, 20]
     assert [document.read(0, 3) for document in found] == ["aaa"] * 3
     assert drops.summary() == {f"jsonl:x: more than {MAX_LINE:,} bytes (line 3, line 4)": 2}
 
@@ -285,8 +288,9 @@ def test_links_do_not_lead_out_of_a_curves_folder(
     elsewhere.rename(folder / f"kept-{name}")
     (folder / name).symlink_to(f"kept-{name}")
     assert load_curves(folder).error.size  # within it a link is no harm
-    (folder.parent / "link").symlink_to(folder)
-    assert load_curves(folder.parent / "link").error.size  # nor is one to the folder, which whoever calls has chosen
+    link = folder.with_name(f"link-{folder.name}")
+    link.symlink_to(folder)
+    assert load_curves(link).error.size  # nor is one to the folder, which whoever calls has chosen
 
 
 def test_a_set_of_one_length_lies_in_the_folder(
@@ -477,13 +481,13 @@ def test_optuna_unpickles_nothing_of_ours() -> None:
     assert "isinstance(self._backend, BaseJournalSnapshot)" in inspect.getsource(_storage.JournalStorage.__init__)
 
 
-def test_weights_are_safetensors_only(tiny_folder: Path, tmp_path: Path) -> None:
+def test_weights_are_safetensors_only(tmp_path: Path) -> None:
     """A pickle in the place of weights is not opened: this one would leave a file behind."""
     from xcalib.models.loading import load_model
 
-    for path in tiny_folder.iterdir():
-        if path.suffix != ".safetensors":
-            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 8}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     canary = tmp_path / "ran"
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR.")
     with pytest.raises(ModelError) as caught:
@@ -492,12 +496,12 @@ def test_weights_are_safetensors_only(tiny_folder: Path, tmp_path: Path) -> None
     assert not canary.exists()
 
 
-def test_the_whole_command_says_one_line(tmp_path: Path) -> None:
-    """End to end, as a user meets it: a bomb, exit code 2, one line, no traceback."""
+def test_the_whole_command_says_one_line(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    """As a user meets it: a bomb, exit code 2, one line, no traceback."""
     bomb = tmp_path / "bomb.yaml"
     laughs = [f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in pairwise("abcdefghi")]
     bomb.write_text("a: &a [x, x]\n" + "".join(laughs))
-    for command in (["validate", str(bomb)], ["search", "--recipe", str(bomb)], ["show", str(bomb)]):
-        done = subprocess.run([sys.executable, "-m", "xcalib", *command], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-        assert "anchors are not allowed, got '&a'" in done.stderr
+    for command in (["validate", bomb], ["show", bomb], ["search", "--recipe", bomb], ["refine", bomb]):
+        code, out, err = run(*command)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "anchors are not allowed, got '&a'" in err

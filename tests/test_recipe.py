@@ -148,7 +148,7 @@ WRONG = {
     "num_samples: 3\nnum-samples: 4": "line 3: duplicate key num-samples: given as num_samples before",
     "data:\n  - builtin\n  - 3": "line 4: data[1]: must be a valid string, got 3",
     'out: "a\\0b"': "line 2: out: must be printable text",
-    "model: ''": "line 2: model: must be printable text of 1 to 4,096 characters, got ''",
+    "device: ''": "line 2: device: must be printable text of 1 to 4,096 characters, got ''",
     "out: null": "line 2: out: must be a valid string, got None",
     "seed: &a 3": "line 2: anchors are not allowed",
     "seed: !!int 3": "line 2: tags are not allowed",

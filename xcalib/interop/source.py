@@ -20,7 +20,7 @@ _WRAPPERS = {
 }
 
 
-MAX_CHARS = 2**20  # of source: a table of 128 layers and 128 heads has 0.4 million
+MAX_CHARS = 2**19  # of source: a table of 128 layers and 128 heads has 0.4 million
 MAX_COMMAS = 200_000  # a node of the tree takes a thousand times the bytes of its source
 
 
