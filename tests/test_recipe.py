@@ -15,7 +15,7 @@ from xcalib.cli.app import app
 from xcalib.cli.recipes import NOT_KEPT, options_of
 from xcalib.cli.refine import refine
 from xcalib.cli.search import search
-from xcalib.errors import RecipeError
+from xcalib.errors import ProfileError, RecipeError
 from xcalib.interop import compare_profiles
 from xcalib.profile import load_profile, make_profile, parse_profile, save_profile
 from xcalib.recipe import Option, parse_recipe, read_recipe, recipe_text
@@ -281,6 +281,27 @@ def test_a_recipe_does_not_change_older_files() -> None:
     path = with_recipe_of(None)
     assert "recipe" not in path.read_text()
     assert "recipe" not in load_profile(path).model_dump()
+
+
+@pytest.mark.parametrize(
+    "value", ["null", "[1]", "{a: 1}", "[[a]]", '"\\e[31m"', "''", "1e999", f"[{', '.join(65 * ['a'])}]", "-1"]
+)
+def test_a_profile_keeps_plain_values_only(value: str) -> None:
+    text = EXAMPLE.replace("\ncontent_sha256", f"\nrecipe:\n  data: {value}\ncontent_sha256")
+    with pytest.raises(
+        ProfileError, match=r"line \d+: (recipe\.data: must|content_sha256: the content does not match)"
+    ):
+        parse_profile(text)
+
+
+def test_a_recipe_is_part_of_the_content() -> None:
+    recipe = {"model": "m", "data": ["a", "b"], "seed": 3, "start_threshold": 0.9, "flag": True}
+    profile = load_profile(with_recipe_of(recipe))
+    assert profile.recipe == recipe | {"data": ("a", "b")}
+    assert profile.content_sha256 != parse_profile(EXAMPLE).content_sha256
+    assert hash(profile) == hash(load_profile("p.yaml"))
+    with pytest.raises(TypeError, match="immutable"):
+        profile.recipe["seed"] = 4  # type: ignore[index]
 
 
 def test_reading_recipes_needs_no_terminal_library() -> None:

@@ -119,7 +119,8 @@ def _value(value: Any, option: Option, stranger: bool) -> Any:
         value = [value]
     if isinstance(value, list) and len(value) > MAX_ITEMS:
         raise ValueError(f"a list of {len(value):,}, more than {MAX_ITEMS}")
-    rule = Annotated[option.kind, Field(ge=option.low, le=option.high)]
+    kind = option.kind
+    rule: Any = Annotated[kind, Field(ge=option.low, le=option.high)]
     value = TypeAdapter(rule, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and not (text.isprintable() and 0 < len(text) <= MAX_TEXT):

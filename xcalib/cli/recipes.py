@@ -88,10 +88,16 @@ def _as_text(kind: Any) -> Any:
     return kind
 
 
+def _command(context: typer.Context) -> Callable[..., Any]:
+    """The function behind the command, with its annotations."""
+    callback: Any = context.command.callback
+    return inspect.unwrap(callback)
+
+
 def _apply(context: typer.Context, file: Path | None) -> Path | None:
     """The recipe's values become the defaults of the command's options, which flags override."""
     if file is not None:
-        command = inspect.unwrap(context.command.callback)
+        command = _command(context)
         parameters = _parameters(command)
         values = read_recipe(file, options_of(command))
         context.default_map = {parameters[key][0]: value for key, value in values.items()}
@@ -116,7 +122,7 @@ RecipeOut = Annotated[
 
 def values_of(context: typer.Context) -> dict[str, Any]:
     """All options in force, by long name with underscores; those without a value are left out."""
-    parameters = _parameters(inspect.unwrap(context.command.callback))
+    parameters = _parameters(_command(context))
     values = {long: context.params.get(name) for long, (name, _, _) in parameters.items()}
     return {long: value for long, value in values.items() if value is not None and value not in ([], ())}
 

@@ -78,8 +78,9 @@ def _read(root: Path) -> Curves:
 
 
 def _settings(given: dict[str, Any]) -> CollectSettings:
-    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    settings = CollectSettings(**{"order": "score"} | plain)  # files from before there were two
+    plain: dict[str, Any] = {"order": "score"}  # files from before there were two
+    plain |= {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    settings = CollectSettings(**plain)
     method = {key: getattr(settings, key) for key in ("stride", "block_size", "pattern", "order")}
     Method.model_validate(method)
     return TypeAdapter(CollectSettings).validate_python(vars(settings))
