@@ -7,7 +7,6 @@ names the line or the key. This module imports no model, search or terminal libr
 
 import hashlib
 import json as _json
-import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,12 +67,16 @@ def _integer(value: object) -> object:
 
 def _option(value: object) -> object:
     # Before the union, whose own errors name each of its members; and so that a long list costs no error for each item.
-    if isinstance(value, list | tuple):
-        plain = len(value) <= 64 and all(isinstance(item, str) for item in value)
-    else:
-        plain = isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+    texts = value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else []
+    plain = all(isinstance(text, str) and text.isprintable() and 0 < len(text) <= 1000 for text in texts[:65])
+    if isinstance(value, int | float):
+        plain = abs(value) < 2**63  # neither NaN nor infinite
+    elif len(texts) > 64 or not isinstance(value, str | list | tuple):
+        plain = False
     if not plain:
-        raise _rule(f"must be text, a number, true, false or a list of at most 64 texts, got {_yaml.quote(value)}")
+        raise _rule(
+            f"must be printable text, a number, true, false or a list of at most 64 texts, got {_yaml.quote(value)}"
+        )
     return value
 
 
@@ -104,7 +107,11 @@ Real = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Option = Annotated[
-    Annotated[bool, Field(strict=True)] | Whole | Annotated[float, Field(strict=True)] | Text | tuple[Text, ...],
+    Annotated[bool, Field(strict=True)]
+    | Annotated[int, Field(strict=True)]
+    | Annotated[float, Field(strict=True)]
+    | Text
+    | tuple[Text, ...],
     BeforeValidator(_option),
 ]
 Recipe = Annotated[dict[Key, Option], Field(max_length=100), AfterValidator(_FrozenDict)]
