@@ -279,7 +279,7 @@ COMMANDS = {"search": ["search", "tiny", *QUICK], "collect": ["collect", "tiny",
             ["evaluate", "gone.gguf", "--uniform", "0.5"], "model file 'gone.gguf' does not exist", id="no gguf"
         ),
         pytest.param(["search", "tiny", "--device", "fast", *QUICK], "Expected one of cpu, cuda", id="device"),
-        pytest.param(["search", "tiny", "--dtype", "int4", *QUICK], "dtype is 'int4', allowed are auto", id="dtype"),
+        pytest.param(["search", "tiny", "--dtype", "int4", *QUICK], "'int4' is not one of auto, float32", id="dtype"),
         pytest.param([*COMMANDS["search"], "--out", "p.txt"], r"ends in \.yaml, \.yml or \.json", id="suffix"),
         pytest.param([*COMMANDS["search"], "--out", "a/p.yaml"], "the folder a does not exist", id="folder of out"),
         pytest.param([*COMMANDS["search"], "--out", "dir.yaml"], "is a folder", id="out is a folder"),

@@ -272,7 +272,7 @@ def test_messages_name_what_is_refused() -> None:
     assert message_of("a: 1\nb: &x 2") == "f: line 2: anchors are not allowed, got '&x'"
     assert message_of("a: 1\nb: *x") == "f: line 2: aliases are not allowed, got '*x'"
     assert message_of("a: !!int 2") == "f: line 1: tags are not allowed, got 'tag:yaml.org,2002:int'"
-    assert message_of("---\n---\n") == "f: line 2: a second document; a profile is one"
+    assert message_of("---\n---\n") == "f: line 2: a second document, expected one"
     assert message_of("- 1") == "f: line 1: the top level must be a mapping, got [1]"
     assert message_of("1: 1") == "f: line 1: a key must be text, got 1"
     assert message_of("a: 1\nb: \0") == "f: line 2: NUL byte: not a text file"

@@ -1,5 +1,6 @@
 """Ranks in one process: who measures what, how a death is told, what exit code a job has. Real ones: test_ranks_processes."""
 
+import json
 import os
 import queue
 import re
@@ -145,6 +146,23 @@ def test_finished_units_are_not_repeated_whoever_has_them(
         expected[index] = place % size
     assert results == [expected] * size
     assert sum(item.get() for item in steps for _ in range(item.qsize())) == 2 * len(names)
+
+
+def test_the_journal_has_the_seconds_of_each_unit_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = threading.local()  # each rank's own
+    monkeypatch.setattr("xcalib.collect.units.time", SimpleNamespace(monotonic=lambda: getattr(clock, "now", 0.0)))
+
+    def work(ranks: Ranks) -> None:
+        def measure(_index: int, _advance: Callable[[int], None]) -> Arrays:
+            clock.now = getattr(clock, "now", 0.0) + 2.5
+            return {"x": np.ones(1)}
+
+        units = open_units(tmp_path, {"a": 1}, resume=False, ranks=ranks)
+        list(Shares(units, ranks=ranks).each("x", list("abcdef"), measure, [1] * 6))
+
+    assert Crowd(2).run(work) == [None, None]
+    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert sorted((line["unit"], line["seconds"]) for line in lines) == [(name, 2.5) for name in "abcdef"]
 
 
 def test_ranks_that_came_to_other_units_are_told_so() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from xcalib._lock import lock_file, lock_folder
+
 Run = Callable[..., tuple[int, str, str]]
 
 XCALIB = [sys.executable, "-m", "xcalib"]
@@ -121,7 +123,7 @@ def test_a_killed_rank_is_named_and_any_number_goes_on(here: Path, expected: Pat
 def test_search_in_several_processes_gives_the_same_profile(here: Path, run: Run) -> None:
     search = [
         *("search", "tiny", "--data", "builtin", "--num-samples", "3", "--max-length", "448", "--block-size", "64"),
-        *("--target", "a:density=0.7", "--rounds", "1", "--heldout-samples", "1", "--force"),
+        *("--target", "a:density=0.7", "--rounds", "1", "--heldout-samples", "1", "--force", "--pattern", "antidiagonal"),
     ]
     code, _, err = run(*search, "--out", "one.yaml", "--work", "one")
     assert code == 0, err
@@ -145,6 +147,22 @@ def test_bad_input_is_said_once(here: Path) -> None:
         "Loading tiny ...\nReading calibration data ...\nerror: text:gone: no file or folder 'gone'\n",
     )
     assert not (here / "c").exists()
+
+
+def test_one_job_at_a_time(here: Path) -> None:
+    """Rank 0 holds the locks; the launcher, which runs the same command, holds none against it."""
+    (here / "c").mkdir()
+    search = ("search", "tiny", "--data", "builtin", "--workers", 2)
+    me = rf"process {os.getpid()} on {re.escape(socket.gethostname())}, started .*, is at work on it"
+    with lock_folder(here / "c"):
+        code, _, err = ended(start(*XCALIB, *COLLECT, "--out", "c", "--workers", 2, cwd=here))
+    assert code == 2 and err.count("error:") == 1
+    assert re.search(rf"^error: c: {me}", err, re.MULTILINE)
+    with lock_file(here / "p.yaml"):
+        code, _, err = ended(start(*XCALIB, *search, "--out", "p.yaml", "--work", "w", cwd=here))
+    assert code == 2 and err.count("error:") == 1
+    assert re.search(rf"^error: p.yaml: {me}", err, re.MULTILINE)
+    assert not (here / "w").exists()
 
 
 def test_hosts_that_share_no_disk(here: Path, expected: Path) -> None:

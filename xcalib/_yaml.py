@@ -9,10 +9,8 @@ number, true, false or null exactly where JSON would say so (an empty one and ``
 import json
 import re
 import reprlib
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -27,7 +25,6 @@ __all__ = [
     "load_json",
     "one_line",
     "quote",
-    "read_bytes",
     "read_json",
     "read_yaml",
     "unrepeated",
@@ -99,25 +96,12 @@ class Document:
         return line
 
 
-def read_bytes(name: str, limit: int = MAX_BYTES) -> bytes:
-    """The bytes of a file, one more than ``limit`` at most, which says that it has too many."""
-    try:
-        # Asked before opening: opening a pipe would wait for its writer.
-        if not stat.S_ISREG(Path(name).stat().st_mode):
-            raise fault(name, None, "not a file")
-        with Path(name).open("rb") as file:
-            return file.read(limit + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise fault(name, None, f"cannot be read: {reason}") from None
-
-
 def decode(data: str | bytes, name: str) -> str:
     """UTF-8 text of at most MAX_BYTES without NUL; a byte order mark is dropped."""
     try:
         raw = data.encode() if isinstance(data, str) else data
         if len(raw) > MAX_BYTES:
-            raise fault(name, None, f"{len(raw):,} bytes, more than the {MAX_BYTES:,} that a profile may have")
+            raise fault(name, None, f"{len(raw):,} bytes, more than the {MAX_BYTES:,} that are read")
         text = raw.decode("utf-8-sig")
     except UnicodeError as error:
         raise fault(name, None, f"not UTF-8 text: {error.reason if hasattr(error, 'reason') else error}") from None
@@ -238,7 +222,7 @@ class _Builder:
             raise fault(self.name, line, f"aliases are not allowed, got {quote('*' + str(event.anchor))}")
         elif isinstance(event, yaml.DocumentStartEvent):
             if self.root:
-                raise fault(self.name, line, "a second document; a profile is one")
+                raise fault(self.name, line, "a second document, expected one")
             if event.version or event.tags:
                 raise fault(self.name, line, "YAML directives are not allowed")
 

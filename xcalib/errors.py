@@ -21,6 +21,7 @@ __all__ = [
     "PlanError",
     "ProfileError",
     "RankError",
+    "RecipeError",
     "StudyError",
     "TargetError",
     "TargetMissedError",
@@ -68,6 +69,10 @@ class TargetMissedError(TargetError):
 
 class ProfileError(XcalibError):
     """A profile file is not valid; the message names the line or the key."""
+
+
+class RecipeError(XcalibError):
+    """A recipe is not valid; the message names the file, the line and the key."""
 
 
 class StudyError(XcalibError):

@@ -19,6 +19,7 @@ from pydantic import model_validator as _model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from xcalib import _yaml
+from xcalib._reading import read_regular
 from xcalib.errors import ModelError, ProfileError
 
 __all__ = [
@@ -63,6 +64,21 @@ def _integer(value: object) -> object:
     return value
 
 
+def _option(value: object) -> object:
+    # Before the union, whose own errors name each of its members; and so that a long list costs no error for each item.
+    texts = value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else []
+    plain = all(isinstance(text, str) and text.isprintable() and 0 < len(text) <= 1000 for text in texts[:65])
+    if isinstance(value, int | float):
+        plain = abs(value) < 2**63  # neither NaN nor infinite
+    elif len(texts) > 64 or not isinstance(value, str | list | tuple):
+        plain = False
+    if not plain:
+        raise _rule(
+            f"must be printable text, a number, true, false or a list of at most 64 texts, got {_yaml.quote(value)}"
+        )
+    return value
+
+
 class _FrozenDict(dict[str, Any]):
     """A dict that refuses changes and can be hashed and pickled, as every other part of a profile can."""
 
@@ -88,6 +104,16 @@ Whole = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Count = Annotated[int, Field(strict=True, ge=1, le=2**63 - 1)]
 Real = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Option = Annotated[
+    Annotated[bool, Field(strict=True)]
+    | Annotated[int, Field(strict=True)]
+    | Annotated[float, Field(strict=True)]
+    | Text
+    | tuple[Text, ...],
+    BeforeValidator(_option),
+]
+Recipe = Annotated[dict[Key, Option], Field(max_length=100), AfterValidator(_FrozenDict)]
 Change = Annotated[float, Field(strict=True, le=1, allow_inf_nan=False)]  # of a share: negative where it grew
 
 
@@ -368,7 +394,13 @@ class Calibration(_Model):
 
 
 class Profile(_Model):
-    """A whole profile. Below the first bin's min_length, and in dense_layers, the model attends densely."""
+    """A whole profile. Below the first bin's min_length, and in dense_layers, the model attends densely.
+
+    recipe: the options of the `xcalib search` that made it, by their long names, as far as they decide the result
+    (docs/recipes.md); None where it was made in another way, and in files written before there were recipes.
+    """
+
+    _later = frozenset({"recipe"})
 
     schema_version: Annotated[Literal[1], BeforeValidator(_integer)]
     method: Method
@@ -379,6 +411,7 @@ class Profile(_Model):
     default_point: Text
     calibration: Calibration
     versions: Annotated[dict[Key, Text], AfterValidator(_FrozenDict)]
+    recipe: Recipe | None = None
     content_sha256: Sha256
 
     def point(self, name: str | None = None) -> OperatingPoint:
@@ -482,7 +515,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     Raises ProfileError for a file that cannot be read, is not valid, or does not match its content_sha256.
     """
     name = os.fsdecode(path)
-    return parse_profile(_yaml.read_bytes(name), name=name)
+    return parse_profile(read_regular(name, _yaml.MAX_BYTES), name=name)
 
 
 def parse_profile(text: str | bytes, *, name: str = "<profile>", json: bool | None = None) -> Profile:
@@ -527,7 +560,7 @@ def _invalid(error: ValidationError, name: str, document: _yaml.Document | None,
             document = _yaml.read_yaml(body, name)
     line = None if document is None else document.line_of(path)
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return _yaml.fault(name, line, f"{_key(path)}: {_explain(first)}{more}")
+    return _yaml.fault(name, line, f"{_key(path)}: {explain(first)}{more}")
 
 
 def _key(path: Sequence[str | int]) -> str:
@@ -540,7 +573,8 @@ def _key(path: Sequence[str | int]) -> str:
     return "".join(steps).lstrip(".") or "profile"
 
 
-def _explain(detail: ErrorDetails) -> str:
+def explain(detail: ErrorDetails) -> str:
+    """What pydantic found, in this project's words."""
     kind, text = detail["type"], detail["msg"]
     if kind in ("rule", "missing", "extra_forbidden"):
         return _PLAIN_WORDS.get(kind, text)

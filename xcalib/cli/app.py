@@ -19,6 +19,7 @@ from xcalib.cli.demo import run_demo
 from xcalib.cli.diff import diff
 from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
 from xcalib.cli.plan import plan
+from xcalib.cli.recipes import RecipeIn, RecipeOut, write_recipe
 from xcalib.cli.refine import refine
 from xcalib.cli.search import search
 from xcalib.cli.show import render_profile, unverified_points
@@ -73,6 +74,7 @@ def _main(
 
 @app.command(epilog="Example: `xcalib collect demo --data builtin --data ruler@0.5 --out curves/`")
 def collect(
+    context: typer.Context,
     model: opt.Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the curves.")],
     data: opt.Data = None,
@@ -92,9 +94,15 @@ def collect(
     trust_remote_code: opt.RemoteCode = False,
     workers: Workers = None,
     resume: opt.Resume = False,
+    recipe: RecipeIn = None,
+    recipe_out: RecipeOut = None,
     as_json: opt.Json = False,
 ) -> None:
     """Measure the curves of every head and the layer gains, and keep them for `xcalib search --curves`."""
+    del recipe  # its values are in the options already
+    if recipe_out is not None:
+        write_recipe(context, recipe_out)
+        return
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples, measure or ())
     with joined(workers) as ranks:

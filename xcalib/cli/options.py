@@ -1,7 +1,7 @@
 """Options that several commands share, and what they are turned into."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -12,11 +12,11 @@ from xcalib._lock import Lock, lock_file
 from xcalib.cli.output import console, quiet_libraries, status
 from xcalib.collect import CollectSettings, Curves, Measure, measured_length
 from xcalib.collect.ranks import ALONE, Ranks
-from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, parse_lengths
+from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, parse_lengths, parse_specs
 from xcalib.errors import CurvesError, DataError
 from xcalib.kernels import api as kernels
 from xcalib.kernels.api import BLOCK_SIZES, STRIDES
-from xcalib.models.loading import LoadedModel, load_model
+from xcalib.models.loading import DTYPES, LoadedModel, load_model
 
 MODEL_HELP = "A Hugging Face id, a folder, a .gguf file, or 'demo'."
 DATA_HELP = (
@@ -24,14 +24,40 @@ DATA_HELP = (
     "text:PATH, jsonl:PATH[:field], hf:NAME[:config][:split], or package.module:function."
 )
 
+
+def checked(read: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """A callback that looks at an option's value before anything is done, and leaves it as it is."""
+
+    def check(value: Any) -> Any:
+        if value not in (None, [], ()):
+            read(value)
+        return value
+
+    return check
+
+
+def one_of(*allowed: Any) -> Callable[[Any], Any]:
+    """A callback that refuses all but ``allowed`` values."""
+
+    def read(value: Any) -> None:
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if item not in allowed:
+                raise typer.BadParameter(f"{item!r} is not one of {', '.join(map(str, allowed))}")
+
+    return checked(read)
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Data = Annotated[list[str] | None, typer.Option("--data", "-d", metavar="SPEC", help=DATA_HELP)]
+Data = Annotated[
+    list[str] | None, typer.Option("--data", "-d", metavar="SPEC", callback=checked(parse_specs), help=DATA_HELP)
+]
 NumSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 MaxLength = Annotated[int | None, typer.Option(min=64, help="Tokens of the longest sample; default 2048.")]
 Lengths = Annotated[
     str | None,
     typer.Option(
         metavar="TOKENS,...",
+        callback=checked(parse_lengths),
         help="Several lengths instead of --max-length, as 1k,2k,4k (k is 1,024): --num-samples of each, and thresholds of their "
         "own for each.",
     ),
@@ -48,9 +74,11 @@ Limit = Annotated[
 MinLength = Annotated[
     int | None, typer.Option(min=1, help="Tokens of the shortest sample; default: all have --max-length.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of windows, needles and everything random.")]
-Stride = Annotated[int, typer.Option(help="Tokens per group of the scoring (S): 4, 8, 16, 32 or 64.")]
-BlockSize = Annotated[int, typer.Option(help="Tokens per block (B): 64 or 128.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of windows, needles and everything random.")]
+Stride = Annotated[
+    int, typer.Option(callback=one_of(*STRIDES), help="Tokens per group of the scoring (S): 4, 8, 16, 32 or 64.")
+]
+BlockSize = Annotated[int, typer.Option(callback=one_of(*BLOCK_SIZES), help="Tokens per block (B): 64 or 128.")]
 Pattern = Annotated[
     kernels.Pattern,
     typer.Option(
@@ -68,6 +96,7 @@ Measures = Annotated[
     typer.Option(
         "--measure",
         metavar="fisher|mass",
+        callback=one_of(*get_args(Measure)),
         help="Measure also what --objective fisher or mass needs; may be given several times.",
     ),
 ]
@@ -81,14 +110,13 @@ Rounds = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there is one, else cpu.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Dtype = Annotated[str, typer.Option(callback=one_of("auto", *DTYPES), help="auto, float32, float16 or bfloat16.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")]
 FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run finished.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 DEFAULT_LENGTH = 2048  # tokens of a sample
-SIZES = {"stride": STRIDES, "block-size": BLOCK_SIZES}
 
 
 def collect_settings(
@@ -99,14 +127,7 @@ def collect_settings(
     gain_samples: int,
     measures: Sequence[str] = (),
 ) -> CollectSettings:
-    """Checked settings of a measurement; a usage error names the option and what is allowed."""
-    for option, value in (("stride", stride), ("block-size", block_size)):
-        if value not in SIZES[option]:
-            allowed = ", ".join(str(item) for item in SIZES[option])
-            raise typer.BadParameter(f"{value!r} is not one of {allowed}", param_hint=f"--{option}")
-    for name in measures:
-        if name not in get_args(Measure):
-            raise typer.BadParameter(f"{name!r} is not one of {', '.join(get_args(Measure))}", param_hint="--measure")
+    """Settings of a measurement, from options that are checked."""
     chosen = tuple(name for name in get_args(Measure) if name in measures)  # --resume takes them in any order
     return CollectSettings(
         stride=stride, block_size=block_size, pattern=pattern, order=order, gain_samples=gain_samples, measures=chosen

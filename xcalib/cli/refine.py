@@ -12,6 +12,7 @@ from xcalib.cli import options as opt
 from xcalib.cli.by_length import bin_name
 from xcalib.cli.found import reporting_misses
 from xcalib.cli.output import console, print_json, progress, resumable
+from xcalib.cli.recipes import RecipeIn, RecipeOut, write_recipe
 from xcalib.collect import Curves, load_curve_sets
 from xcalib.collect.shares import stamped_units
 from xcalib.collect.units import Units
@@ -33,7 +34,7 @@ VALIDATION_SAMPLES = 8
 
 
 def refine(
-    ctx: typer.Context,
+    context: typer.Context,
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile that `xcalib search` made.")],
     curves: Annotated[
         Path | None, typer.Option(help="The curves that it was searched on; default those in the --work folder.")
@@ -82,6 +83,8 @@ def refine(
             "--force", help="Write the profile although the refined point misses its target on held-out data."
         ),
     ] = False,
+    recipe: RecipeIn = None,
+    recipe_out: RecipeOut = None,
     as_json: opt.Json = False,
 ) -> None:
     """Try shifts around an operating point end to end, and keep the best only if samples that no trial saw confirm it.
@@ -89,7 +92,11 @@ def refine(
     The profile that is written is the given one where there was no gain. Several workers may share the trials: run the same
     command again, on this or another machine, with the same --storage.
     """
-    ctx.call_on_close(opt.take_output(out, overwrite).close)
+    del recipe  # its values are in the options already
+    if recipe_out is not None:
+        write_recipe(context, recipe_out)
+        return
+    context.call_on_close(opt.take_output(out, overwrite).close)
     start = load_profile(profile)
     chosen = start.point(point)
     name = model or start.model.name

@@ -1,6 +1,7 @@
 """``xcalib search``."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,12 @@ import typer
 from xcalib.cli import options as opt
 from xcalib.cli.found import report_profile, reporting_misses
 from xcalib.cli.output import console, progress, resumable
+from xcalib.cli.recipes import RecipeIn, RecipeOut, values_of, with_recipe, write_recipe
 from xcalib.cli.refine import refining
 from xcalib.cli.workers import Workers, joined, speaks
 from xcalib.collect import Curves, load_curve_sets
 from xcalib.collect.ranks import Ranks
-from xcalib.data import SampleSet, pooled
+from xcalib.data import SampleSet, parse_specs, pooled
 from xcalib.errors import ModelError
 from xcalib.models.structure import describe_model
 from xcalib.profile import save_profile
@@ -25,7 +27,7 @@ __all__ = ["search"]
 
 
 def search(
-    ctx: typer.Context,
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help=opt.MODEL_HELP + " May be left out with --curves.")
     ] = None,
@@ -36,13 +38,19 @@ def search(
             "--target",
             "-t",
             metavar="[NAME:]KIND=VALUE",
+            callback=opt.checked(parse_targets),
             help="density=0.25, kl=0.01, drop=1% (task accuracy) or speedup=4. One unnamed target is the point 'balanced', with "
             "'fidelity' and 'fast' around it; several get the names given.",
         ),
     ] = None,
     data: opt.Data = None,
     heldout_data: Annotated[
-        list[str] | None, typer.Option(metavar="SPEC", help="Held-out data; default: other documents of --data.")
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            callback=opt.checked(parse_specs),
+            help="Held-out data; default: other documents of --data.",
+        ),
     ] = None,
     num_samples: opt.NumSamples = 8,
     heldout_samples: Annotated[int, typer.Option(min=0, help="Held-out samples; 0 leaves the evidence out.")] = 6,
@@ -87,24 +95,31 @@ def search(
             "--force", help="Write the profile although a target is missed on held-out data, marked unverified."
         ),
     ] = False,
+    recipe: RecipeIn = None,
+    recipe_out: RecipeOut = None,
     as_json: opt.Json = False,
 ) -> None:
     """Measure MODEL, find the thresholds of every head, and write a profile with held-out evidence.
 
     Exit code 3, and no file, when held-out data say that a target is missed; 2 for bad input.
     """
+    del recipe  # its values are in the options already
+    if recipe_out is not None:
+        write_recipe(context, recipe_out)
+        return
     targets = parse_targets(target or [])
     if speaks():
         opt.check_output(out, overwrite)
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
     _check_model(model, curves, refine_trials)
+    made = partial(with_recipe, values=values_of(context), from_curves=curves is not None)
     chosen: dict[str, Any] = {"method": method, "objective": objective, "start_threshold": start_threshold}
     with joined(workers) as ranks:
         _check_shared(model, refine_trials, ranks)
         with ranks.together():
             if ranks.leader:  # not the launcher of --workers, which would hold it against its own rank 0
-                ctx.call_on_close(opt.take_output(out, overwrite).close)
+                context.call_on_close(opt.take_output(out, overwrite).close)
             measured = load_curve_sets(curves) if curves else None
             if measured is not None:
                 tokens = opt.lengths_of_curves(measured, tokens, given=bool(lengths or max_length))
@@ -112,7 +127,7 @@ def search(
                     require_measured(one, objective)
         if model is None:
             assert measured is not None  # checked above
-            profile = build_profile(measured, targets, **chosen)
+            profile = made(build_profile(measured, targets, **chosen))
             save_profile(profile, out)
             report_profile(profile, out, as_json)
             _say_without_rounds(rounds, method, measured, ())  # at the end: what goes wrong gives one line, its own
@@ -138,12 +153,12 @@ def search(
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
                 rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
-                save=lambda found: save_profile(found, out), progress=progress, ranks=ranks, **chosen,
+                save=lambda found: save_profile(made(found), out), progress=progress, ranks=ranks, **chosen,
             )  # fmt: skip
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)
         if ranks.leader:
-            report_profile(profile, out, as_json)
+            report_profile(made(profile), out, as_json)
 
 
 def _check_model(model: str | None, curves: Path | None, refine_trials: int) -> None:

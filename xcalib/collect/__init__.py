@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, Measure, load_curves, save_curves
+from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, Measure, save_curves
 from xcalib.collect.job import Job
 from xcalib.collect.lengths import labelled, load_curve_sets, measured_length, open_index, write_index
 from xcalib.collect.ranks import ALONE, Ranks
+from xcalib.collect.reading import load_curves
 from xcalib.collect.shares import Shares, open_units
 from xcalib.data import SampleSet, check_sets
 from xcalib.models.structure import describe_model

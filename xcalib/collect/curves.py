@@ -2,22 +2,18 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from xcalib._files import replace_file
-from xcalib._yaml import one_line
 from xcalib.errors import CurvesError
 from xcalib.kernels.api import Order, Pattern
-from xcalib.profile import Calibration, ModelIdentity
 
-__all__ = ["DEFAULT_GRID", "CollectSettings", "Curves", "Measure", "load_curves", "save_curves", "write_atomically"]
+__all__ = ["DEFAULT_GRID", "CollectSettings", "Curves", "Measure", "save_curves", "write_atomically"]
 
 Measure = Literal["fisher", "mass"]  # what is measured only when asked for; each is an array of the curves
 
@@ -28,7 +24,6 @@ DEFAULT_GRID = (
 )
 FORMAT = 1
 ARRAYS = ("error", "energy", "kept", "visible", "tokens", "gain", "gain_kl", "gain_error", "joint_sum", "joint_kl")
-MAX_BYTES = 8 << 30  # a 128-layer, 128-head model with 256 samples and 32 levels takes 2 GiB, and 4 with all measures
 
 
 @dataclass(frozen=True)
@@ -206,74 +201,3 @@ def save_curves(curves: Curves, folder: Path) -> None:
     }
     write_atomically(folder / "curves.safetensors", save(arrays))
     write_atomically(folder / "curves.json", json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
-
-
-def load_curves(folder: str | os.PathLike[str]) -> Curves:
-    """Read what :func:`save_curves` wrote.
-
-    Raises:
-        CurvesError: missing, unfinished or damaged.
-    """
-    root = Path(folder)
-    if not (root / "curves.json").is_file():
-        started = (root / "collect.json").is_file()
-        hint = "its collection is unfinished: go on with --resume" if started else "run 'xcalib collect' first"
-        raise CurvesError(f"{root}: holds no curves.json; {hint}")
-    try:
-        if (root / "curves.safetensors").stat().st_size > MAX_BYTES:
-            raise CurvesError(f"{root / 'curves.safetensors'}: larger than {MAX_BYTES >> 30} GiB")
-        record = json.loads((root / "curves.json").read_bytes())
-        arrays = load((root / "curves.safetensors").read_bytes())
-        if record["format"] != FORMAT:
-            raise CurvesError(f"{root}: curves format {record['format']!r}, this version reads {FORMAT}: collect again")
-        settings: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in record["settings"].items()
-        }
-        checked = CollectSettings(**{"order": "score"} | settings)  # files from before there were two
-        curves = Curves(
-            settings=checked,
-            model=dict(record["model"]),
-            calibration=dict(record["calibration"]),
-            layers=tuple(record["layers"]),
-            dense_reasons=dict(record["dense_reasons"]),
-            **{name: arrays[name] for name in (*ARRAYS, *checked.measures)},
-        )
-        ModelIdentity.model_validate(curves.model)
-        Calibration.model_validate(curves.calibration)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        said = one_line(f"{type(error).__name__}: {error}")
-        raise CurvesError(f"{root}: damaged curves ({said}); collect again") from error
-    _check(curves, root)
-    return curves
-
-
-def _check(curves: Curves, root: Path) -> None:
-    if curves.error.ndim != 4 or not curves.error.size:
-        raise CurvesError(
-            f"{root}: damaged curves (error has shape {curves.error.shape}, expected (samples, layers, heads, levels)); "
-            "collect again"
-        )
-    samples, layers, heads, levels = curves.error.shape
-    gain_samples = max(1, min([samples, *curves.gain_kl.shape[:1]]))
-    expected: dict[str, tuple[int, ...]] = {
-        "error": (samples, len(curves.layers), heads, len(curves.settings.grid)),
-        "kept": (samples, layers, heads, levels),
-        "energy": (samples, layers),
-        "visible": (samples,),
-        "tokens": (samples,),
-        "gain": (layers,),
-        "gain_kl": (gain_samples, layers),
-        "gain_error": (gain_samples, layers),
-        "joint_sum": (samples, len(curves.settings.joint_densities)),
-        "joint_kl": (samples, len(curves.settings.joint_densities)),
-        **dict.fromkeys(curves.settings.measures, (samples, layers, heads, levels)),
-    }
-    for name, shape in expected.items():
-        array = getattr(curves, name)
-        # beyond the gain samples only the first allocation was measured
-        values = np.r_[array[:gain_samples].ravel(), array[:, 0]] if name == "joint_kl" and array.ndim == 2 else array
-        if array.shape != shape or not np.isfinite(values).all() or (values < 0).any():
-            raise CurvesError(
-                f"{root}: damaged curves ({name} must be finite, not negative and of shape {shape}, has {array.shape}); "
-                "collect again"
-            )

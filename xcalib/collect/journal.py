@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from xcalib._files import append_lines
-from xcalib.errors import CurvesError
+from xcalib._reading import open_regular
+from xcalib.errors import CurvesError, ProfileError
 
 __all__ = ["Journal"]
+
+MAX_BYTES = 64 << 20  # of 300,000 units
 
 
 class Journal:
@@ -27,7 +30,11 @@ class Journal:
         self._read = 0  # bytes
 
     def digest(self, unit: str) -> str | None:
-        """SHA-256 of a unit's file as it was written last; None for a unit that is not in the journal."""
+        """SHA-256 of a unit's file as it was written last; None for a unit that is not in the journal.
+
+        Raises:
+            CurvesError: the journal is no regular file, or larger than any that is written.
+        """
         self._read_on()
         return self._digests.get(unit)
 
@@ -52,12 +59,20 @@ class Journal:
 
     def _read_on(self) -> None:
         """What was appended since, here and by other processes; lines that are no record say nothing."""
-        with suppress(OSError), self._path.open("rb") as file:
-            file.seek(self._read)
-            for text in file:
-                if not text.endswith(b"\n"):  # half written, or its writer died
-                    break
-                self._read += len(text)
-                with suppress(ValueError, LookupError, TypeError, RecursionError):
-                    line: Any = json.loads(text)
-                    self._digests[str(line["unit"])] = str(line["sha256"])
+        if not os.path.lexists(self._path):
+            return
+        try:
+            with open_regular(self._path, MAX_BYTES) as file:
+                file.seek(self._read)
+                for text in file:
+                    if not text.endswith(b"\n"):  # half written, or its writer died
+                        break
+                    self._read += len(text)
+                    self._take(text)
+        except ProfileError as error:
+            raise CurvesError(f"{error}; remove it, and finished units are taken as they are") from None
+
+    def _take(self, text: bytes) -> None:
+        with suppress(ValueError, LookupError, TypeError, RecursionError):
+            line: Any = json.loads(text)
+            self._digests[str(line["unit"])] = str(line["sha256"])

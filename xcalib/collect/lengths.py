@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xcalib._lock import LOCK_NAME
-from xcalib._yaml import one_line
-from xcalib.collect.curves import Curves, load_curves, write_atomically
+from xcalib._reading import check_inside
+from xcalib._yaml import one_line, quote
+from xcalib.collect.curves import Curves, write_atomically
+from xcalib.collect.reading import load_curves, read_record
 from xcalib.data import check_lengths
-from xcalib.errors import CurvesError, DataError
+from xcalib.errors import CurvesError, DataError, ProfileError
 from xcalib.progress import Progress
 
 __all__ = ["INDEX", "labelled", "load_curve_sets", "measured_length", "open_index", "write_index"]
@@ -68,11 +70,13 @@ def write_index(root: Path, lengths: Sequence[int]) -> None:
 
 def _read_index(root: Path) -> tuple[int, ...]:
     try:
-        record = json.loads((root / INDEX).read_bytes())
+        record = read_record(root / INDEX)
         if record["format"] != FORMAT:
-            raise CurvesError(f"{root}: index format {record['format']!r}, this version reads {FORMAT}: collect again")
+            raise CurvesError(
+                f"{root}: index format {quote(record['format'])}, this version reads {FORMAT}: collect again"
+            )
         return check_lengths(record["lengths"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, DataError) as error:
+    except (ValueError, LookupError, TypeError, DataError, ProfileError) as error:
         raise CurvesError(f"{root / INDEX}: damaged ({one_line(str(error))}); collect again with --resume") from error
 
 
@@ -91,6 +95,10 @@ def load_curve_sets(folder: str | os.PathLike[str]) -> tuple[Curves, ...]:
         return (load_curves(root),)
     sets = []
     for length in _read_index(root):
+        try:
+            check_inside(root / str(length), root)
+        except ProfileError as error:
+            raise CurvesError(str(error)) from None
         curves = load_curves(root / str(length))
         if measured_length(curves) != length:
             raise CurvesError(f"{root / str(length)}: holds curves of {measured_length(curves)} tokens; collect again")

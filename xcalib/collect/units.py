@@ -12,14 +12,16 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from xcalib._arrays import arrays_of, read_checked
 from xcalib._files import sync_folder
 from xcalib._lock import LOCK_NAME, Lock, alone, lock_folder, rank
+from xcalib._reading import check_inside
 from xcalib.collect.curves import write_atomically
 from xcalib.collect.journal import Journal
-from xcalib.errors import CurvesError
+from xcalib.collect.reading import read_record
+from xcalib.errors import CurvesError, ProfileError
 
 __all__ = ["Units"]
 
@@ -69,11 +71,15 @@ class Units:
     def _make(self) -> None:
         try:
             self._units.mkdir(exist_ok=True)
+            for path in (self._units, self.folder / "journal.jsonl"):
+                check_inside(path, self.folder)
             for folder in (self.folder, self._units) if alone() else (self.folder,):
                 for path in folder.glob(".*.tmp"):
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise CurvesError(f"{self.folder}: cannot be made: {error.strerror or error}") from error
+        except ProfileError as error:
+            raise CurvesError(str(error)) from None
         for folder in (self.folder, self.folder.parent):
             sync_folder(folder)
 
@@ -95,9 +101,9 @@ class Units:
                 f"{self.folder}: already holds a collection; go on with --resume, or choose another folder"
             )
         try:
-            found = json.loads(plan.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CurvesError(f"{plan}: cannot be read ({error}); remove the folder and collect again") from error
+            found = read_record(plan)
+        except ProfileError as error:
+            raise CurvesError(f"{error}; remove the folder and collect again") from error
         different = [key for key in wanted if not isinstance(found, dict) or found.get(key) != wanted[key]]
         if different:
             raise CurvesError(
@@ -106,12 +112,14 @@ class Units:
 
     def load(self, name: str) -> dict[str, np.ndarray] | None:
         """A finished unit's arrays, or None when it is not finished (damaged, say, or of other options)."""
+        path = self._units / f"{name}.safetensors"
         try:
-            data = (self._units / f"{name}.safetensors").read_bytes()
-            arrays = load(data)
-        except (OSError, SafetensorError):
+            check_inside(path, self.folder)
+            data = read_checked(path)
+            arrays = arrays_of(data, path)
+        except ProfileError:
             arrays = {}
-        if bytes(arrays.pop("stamp", np.zeros(0, np.uint8))).hex() == self._stamp:
+        if arrays.pop("stamp", np.zeros(0, np.uint8)).tobytes().hex() == self._stamp:
             written = self._journal.digest(name)
             if written is None:  # killed between the two files
                 self._journal.add(name, data, None)

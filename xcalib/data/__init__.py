@@ -41,6 +41,7 @@ __all__ = [
     "length_sets",
     "load_samples",
     "parse_lengths",
+    "parse_specs",
     "pooled",
     "score",
 ]

@@ -11,6 +11,7 @@ from xcalib.errors import DataError
 __all__ = ["Document", "Drops", "Question", "choose", "in_memory", "one_line"]
 
 _NAMES_SHOWN = 3
+_REASONS_SHOWN = 8  # some quote the file
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Drops:
     def hint(self, spec: str) -> str:
         """For an error message: what was dropped from this spec, or nothing."""
         counts = [f"{count} {reason}" for (of, reason), count in self._count.items() if of == spec]
-        return f"; dropped: {', '.join(counts)}" if counts else ""
+        more = ", ..." if len(counts) > _REASONS_SHOWN else ""
+        return f"; dropped: {', '.join(counts[:_REASONS_SHOWN])}{more}" if counts else ""
 
 
 def in_memory(name: str, text: str, *, group: str = "", question: Question = _NOTHING_ASKED) -> Document:

@@ -1,10 +1,11 @@
 """Documents from JSON lines: plain text, questions with their answers, and rows in the form of LongBench."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from xcalib.data._documents import Document, Drops, Question, in_memory, one_line
 from xcalib.data._longbench import context_of, known_metric, prompt
@@ -12,7 +13,10 @@ from xcalib.data._metrics import METRICS, Metric
 from xcalib.data._sample import text_digest
 from xcalib.errors import DataError
 
-__all__ = ["jsonl_documents"]
+__all__ = ["MAX_LINE", "jsonl_documents"]
+
+# Bytes of a row: a million tokens take 4 to 6 MB. JSON of nothing but brackets grows twentyfold in memory.
+MAX_LINE = 16 * 2**20
 
 
 def jsonl_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document]:
@@ -23,16 +27,15 @@ def jsonl_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document
     Raises:
         DataError: the file does not exist or cannot be read.
     """
-    path, field = Path(argument).expanduser(), ""
-    if not path.is_file() and ":" in argument:
-        name, _, field = argument.rpartition(":")
-        path = Path(name).expanduser()
-    if not path.is_file():
-        raise DataError(f"{spec}: no file '{path}'")
+    path, field = _file_and_field(spec, argument)
     try:
         with path.open("rb") as file:
             start = 0
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+                if len(line) > MAX_LINE:
+                    drops.add(spec, f"more than {MAX_LINE:,} bytes", f"line {number}")
+                    start += _skip_line(file, line)
+                    continue
                 if line.strip():
                     try:
                         yield replace(_document(path, start, line, field), name=f"line {number}")
@@ -41,6 +44,28 @@ def jsonl_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document
                 start += len(line)
     except OSError as error:
         raise DataError(f"{spec}: cannot read '{path}' ({one_line(error)})") from error
+
+
+def _file_and_field(spec: str, argument: str) -> tuple[Path, str]:
+    try:
+        path, field = Path(argument).expanduser(), ""
+        if not path.is_file() and ":" in argument:
+            name, _, field = argument.rpartition(":")
+            path = Path(name).expanduser()
+        if path.is_file():
+            return path, field
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, or the home of nobody
+        raise DataError(f"{spec}: {one_line(error)}") from None
+    raise DataError(f"{spec}: no file '{path}'")
+
+
+def _skip_line(file: BinaryIO, line: bytes) -> int:
+    """Read on to the end of a line without keeping it; its length in bytes, with the part that was read."""
+    length = len(line)
+    while line and not line.endswith(b"\n"):
+        line = file.readline(MAX_LINE)
+        length += len(line)
+    return length
 
 
 def _document(path: Path, start: int, line: bytes, field: str) -> Document:
@@ -112,9 +137,13 @@ def _question(row: Mapping[str, Any], usual: Metric | None) -> Question:
 def _answers(row: Mapping[str, Any]) -> tuple[str, ...]:
     value = row.get("answers", row.get("answer"))
     values = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(item, str | int | float) and str(item).strip() for item in values):
+    if not all(isinstance(item, str | int | float) and _finite(item) and str(item).strip() for item in values):
         raise ValueError("answers are not a string or a list of strings")
     return tuple(dict.fromkeys(str(item).strip() for item in values))
+
+
+def _finite(item: str | int | float) -> bool:
+    return not isinstance(item, float) or math.isfinite(item)
 
 
 def _metric(value: Any) -> Metric:

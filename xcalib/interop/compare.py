@@ -154,6 +154,10 @@ def _settings(first: Profile, second: Profile) -> Iterator[tuple[str, Any, Any]]
         for key in dict.fromkeys([*ours[group], *theirs[group]]):
             if ours[group].get(key) != theirs[group].get(key):
                 yield f"{group}.{key}", ours[group].get(key), theirs[group].get(key)
+    recipes = ours.get("recipe") or {}, theirs.get("recipe") or {}
+    for key in dict.fromkeys([*recipes[0], *recipes[1]]) if all(recipes) else ():
+        if recipes[0].get(key) != recipes[1].get(key):
+            yield f"recipe.{key}", recipes[0].get(key), recipes[1].get(key)
     for key in ("dense_layers", "length_bins", "default_point"):
         if ours[key] != theirs[key]:
             yield key, ours[key], theirs[key]

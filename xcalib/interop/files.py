@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xcalib import _yaml
+from xcalib._reading import read_regular
 
 __all__ = ["MAX_BYTES", "json_text", "parse_json", "read_file"]
 
@@ -16,9 +17,7 @@ MAX_BYTES = 4 * 2**20  # a table of 128 layers and 128 heads has 0.4 MiB
 def read_file(path: Path) -> tuple[bytes, str]:
     """The bytes of a file, MAX_BYTES at most, and their UTF-8 text; ProfileError, one line, where they cannot be had."""
     name = str(path)
-    data = _yaml.read_bytes(name, MAX_BYTES)
-    if len(data) > MAX_BYTES:
-        raise _yaml.fault(name, None, f"more than the {MAX_BYTES:,} bytes that are read")
+    data = read_regular(name, MAX_BYTES)
     return data, _yaml.decode(data, name)
 
 

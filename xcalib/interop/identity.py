@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from xcalib._yaml import quote
 from xcalib.errors import ModelError
 from xcalib.interop.files import parse_json, read_file
 from xcalib.profile import ModelIdentity, load_profile
@@ -13,6 +14,7 @@ from xcalib.profile import ModelIdentity, load_profile
 __all__ = ["BLOCK_KEY", "identity_of_config", "model_identity", "read_config"]
 
 BLOCK_KEY = "sparse_attention_config"
+MAX_LAYERS = 100_000
 
 
 def model_identity(source: str) -> ModelIdentity:
@@ -59,10 +61,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def identity_of_config(config: dict[str, Any], name: str) -> ModelIdentity:
     """The identity of the model of a config.json's content; a sparse_attention_config in it does not count."""
+    _refuse_many_layers(config, name)
     with tempfile.TemporaryDirectory() as folder:
         # Through a file, as the model itself is loaded: only so do all defaults, and with them the hash, come out alike.
         (Path(folder) / "config.json").write_text(json.dumps(config), "utf-8")
         return _identity(folder, name)
+
+
+def _refuse_many_layers(config: dict[str, Any], name: str) -> None:
+    """Configs make lists with an entry for each layer."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_many_layers(value, name)
+        elif "layer" in key and isinstance(value, int) and value > MAX_LAYERS:
+            raise ModelError(f"the config of {name!r} has {quote(value)} for {quote(key)}, more than {MAX_LAYERS:,}")
 
 
 def _identity(source: str, name: str) -> ModelIdentity:

@@ -20,6 +20,10 @@ _WRAPPERS = {
 }
 
 
+MAX_CHARS = 2**19  # of source: a table of 128 layers and 128 heads has 0.4 million
+MAX_COMMAS = 200_000  # a node of the tree takes a thousand times the bytes of its source
+
+
 @dataclass(frozen=True)
 class Number:
     """What stands where a number should: its value, or its source text where it is none, and its line."""
@@ -35,8 +39,10 @@ def python_tables(text: str, file: str) -> dict[str | None, Any]:
     aside. What else the source does is not looked at, but a table that it assigns twice or changes in place is refused.
 
     Raises:
-        ProfileError: not Python source, or such a table.
+        ProfileError: not Python source, too long, or such a table.
     """
+    if len(text) > MAX_CHARS or text.count(",") > MAX_COMMAS:
+        raise _yaml.fault(file, None, f"more than the {MAX_CHARS:,} characters or {MAX_COMMAS:,} commas that are read")
     try:
         with warnings.catch_warnings():  # the source's own faults of style are not ours to report
             warnings.simplefilter("ignore")
@@ -92,7 +98,7 @@ def _number(node: ast.expr) -> Number:
         return Number(sign * value, node.lineno)
     try:
         return Number(ast.unparse(node), node.lineno)
-    except RecursionError:
+    except (RecursionError, ValueError):  # ValueError: an integer that Python refuses to print
         return Number("an expression", node.lineno)
 
 

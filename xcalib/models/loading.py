@@ -45,7 +45,10 @@ def load_model(
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = AutoModelForCausalLM.from_pretrained(
-            **arguments, dtype=_dtype(dtype, target, arguments), trust_remote_code=trust_remote_code
+            **arguments,
+            dtype=_dtype(dtype, target, arguments),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if "gguf_file" in arguments else True,  # older weights are pickles
         )
         model = model.to(target).eval()
     except ModelError:

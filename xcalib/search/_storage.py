@@ -47,6 +47,8 @@ def _journal(name: str) -> BaseStorage:
     path = Path(name).expanduser().absolute()
     if not path.parent.is_dir():
         raise StudyError(f"storage {str(path)!r}: the folder {path.parent} does not exist")
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+        raise StudyError(f"storage {str(path)!r}: is not a file")
     # not Optuna's default lock, a link: one left behind by a killed worker is never found stale where links dangle
     lock = JournalFileOpenLock(str(path))
     try:
