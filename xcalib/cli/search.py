@@ -72,6 +72,8 @@ def search(
         Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
     ] = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    offload: opt.Offload = False,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
     resume: opt.Resume = False,
@@ -105,7 +107,7 @@ def search(
         profile = build_profile(measured, targets, **chosen)
     else:
         settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
-        loaded = opt.open_model(model, device, dtype, trust_remote_code)
+        loaded = opt.open_model(model, device, dtype, trust_remote_code, device_map, offload)
         if measured is not None:
             _same_model(measured[0].model, loaded)
         how: dict[str, Any] = {"min_length": min_length, "seed": seed}
@@ -135,7 +137,7 @@ def search(
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
                 rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
-                progress=progress, **chosen,
+                offload=offload, progress=progress, **chosen,
             )  # fmt: skip
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)

@@ -11,6 +11,7 @@ from typing import Any
 from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, Measure, load_curves, save_curves
 from xcalib.collect.job import Job
 from xcalib.collect.lengths import labelled, load_curve_sets, measured_length, open_index, write_index
+from xcalib.collect.offload import LayerPasses
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet, check_sets
 from xcalib.models.structure import describe_model
@@ -38,6 +39,7 @@ def collect(
     settings: CollectSettings | None = None,
     name: str | None = None,
     resume: bool = False,
+    offload: bool = False,
     progress: Progress = silent,
 ) -> Curves:
     """Measure a model's curves and layer gains, and save them.
@@ -52,6 +54,7 @@ def collect(
         settings: what is measured; default :class:`CollectSettings`.
         name: what the user calls the model.
         resume: go on with what ``folder`` holds.
+        offload: take all samples through one layer at a time (docs/large-models.md); the curves are the same.
         progress: draws the work.
 
     Raises:
@@ -64,7 +67,11 @@ def collect(
     if resume and (units.folder / "curves.json").is_file():
         return load_curves(units.folder)
     job = Job(model, identity.query_heads, samples, settings, units, progress)
-    curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
+    if offload:
+        curves = _layer_by_layer(job, LayerPasses(model, identity.query_heads, samples, settings, units, progress))
+    else:
+        curves = job.measure_joint(job.measure_gains(job.measure_samples()))
+    curves = job.measure_others(curves)
     curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
     save_curves(curves, units.folder)
     units.discard()
@@ -79,6 +86,7 @@ def collect_lengths(
     settings: CollectSettings | None = None,
     name: str | None = None,
     resume: bool = False,
+    offload: bool = False,
     progress: Progress = silent,
 ) -> tuple[Curves, ...]:
     """Measure a model at several lengths: a collection of its own, as :func:`collect` makes it, for each set of samples.
@@ -91,6 +99,7 @@ def collect_lengths(
         settings: what is measured, the same at every length.
         name: what the user calls the model.
         resume: go on with what ``folder`` holds.
+        offload: take all samples through one layer at a time (docs/large-models.md); the curves are the same.
         progress: draws the work.
 
     Raises:
@@ -98,7 +107,7 @@ def collect_lengths(
         DataError: as :func:`xcalib.data.check_sets`.
         ModelError: the model cannot be measured, or its activations are not finite.
     """
-    options: dict[str, Any] = {"settings": settings, "name": name, "resume": resume}
+    options: dict[str, Any] = {"settings": settings, "name": name, "resume": resume, "offload": offload}
     if len(sets) == 1:
         return (collect(model, sets[0], folder, progress=progress, **options),)
     check_sets(sets)
@@ -109,6 +118,18 @@ def collect_lengths(
         for samples, length in zip(sets, lengths, strict=True)
     )
     write_index(root, lengths)
+    return curves
+
+
+def _layer_by_layer(job: Job, passes: LayerPasses) -> Curves:
+    """Each pass leaves the units that the job's next step reads."""
+    passes.sweep()
+    curves = job.measure_samples()
+    passes.gains(curves)
+    curves = job.measure_gains(curves)
+    passes.joint(curves)
+    curves = job.measure_joint(curves)
+    passes.discard()
     return curves
 
 

@@ -114,7 +114,7 @@ class FisherMeter:
         """
 
         def measure(call: AttentionCall) -> torch.Tensor:
-            return sweep_call(call, roots[call.layer], self._settings).error
+            return sweep_call(call, roots[call.layer].to(call.query.device), self._settings).error
 
         return each_layer(self._model, tokens, tuple(roots), measure, advance) / 2
 

@@ -82,6 +82,7 @@ def search(
     resume: bool = False,
     force: bool = False,
     adjust: Callable[[Profile, Sequence[Curves]], Profile] | None = None,
+    offload: bool = False,
     progress: Progress = silent,
 ) -> Profile:
     """Measure a model, find the thresholds of each operating point, and measure these on held-out data.
@@ -109,6 +110,7 @@ def search(
         resume: go on with what ``folder`` holds.
         force: return the profile although a point misses its target on held-out data; the point is marked unverified.
         adjust: changes what was found before it is measured on held-out data, as a refinement does.
+        offload: measure the curves layer by layer, as :func:`xcalib.collect.collect`.
         progress: draws the work.
 
     Raises:
@@ -130,7 +132,14 @@ def search(
             settings = measuring(settings or CollectSettings(), objective)
             refuse_unreachable(targets, sets, settings.block_size)
             measured = collect_lengths(
-                model, sets, root / "curves", settings=settings, name=name, resume=resume, progress=progress
+                model,
+                sets,
+                root / "curves",
+                settings=settings,
+                name=name,
+                resume=resume,
+                offload=offload,
+                progress=progress,
             )
         again = Rounds(rounds if method == "knapsack" else 0, sets, measured, root / "rounds")
         profile = build_profile(
