@@ -35,8 +35,8 @@ SETTINGS = CollectSettings(
     joint_densities=(0.6, 0.7),
     gain_every=5,
 )
-LENGTHS = (200, 330, 270)
-FAMILIES = ("llama", "mistral", "qwen3", "phi3", "gemma2", "gemma3_text")
+LENGTHS = (140, 200, 170)
+FAMILIES = ("llama", "mistral", "qwen3", "phi3", "gemma3_text")
 
 
 def same(found: Curves, wanted: Curves) -> None:
@@ -91,9 +91,8 @@ def spread(model: Any, how: str, folder: Path) -> Any:
 class TestPlacement:
     @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch"])
     def test_weights_on_meta_are_read(self, tiny_model: Build, tmp_path: Path, how: str) -> None:
-        plain, model = tiny_model(), tiny_model(num_hidden_layers=3)
         plain = tiny_model(num_hidden_layers=3)
-        model = spread(model, how, tmp_path)
+        model = spread(tiny_model(num_hidden_layers=3), how, tmp_path)
         layer = attention_layers(model)[1]
         assert layer.output.weight.is_meta
         assert fetches_weights(layer.output)
@@ -145,7 +144,7 @@ class TestDeviceMap:
     def test_slopes_and_evaluation(self, tiny_model: Build, samples: Any, tmp_path: Path) -> None:
         plain = tiny_model(num_hidden_layers=3)
         model = spread(tiny_model(num_hidden_layers=3), "dispatch", tmp_path)
-        tokens, levels = torch.tensor(samples.samples[0].tokens), np.full((3, 4), 2)
+        tokens, levels = torch.tensor(samples.samples[0].tokens), np.zeros((3, 4), dtype=np.int64)
         found = []
         for one in (plain, model):
             with torch.no_grad():
@@ -154,13 +153,13 @@ class TestDeviceMap:
             assert FisherMeter(one, SETTINGS).gram(tokens, (0, 1, 2), seed=0).any()
         assert found[0].kl == found[1].kl > 0
         assert found[0].slope.tobytes() == found[1].slope.tobytes()
-        plan = SparsePlan(16, 64, "antidiagonal", ((0, None),), torch.full((1, 3, 4), 0.5))
-        one, two = (evaluate_plans(m, samples, {"half": plan}, tokenizer=None).to_dict() for m in (plain, model))
+        plan = SparsePlan(16, 64, "antidiagonal", ((0, None),), torch.zeros((1, 3, 4)))
+        one, two = (evaluate_plans(m, samples, {"none": plan}, tokenizer=None).to_dict() for m in (plain, model))
         assert one["plans"][0]["kl"] == two["plans"][0]["kl"] > 0
 
     def test_loading(self, shards: Path, load: Build, samples: Any, tmp_path: Path) -> None:
         wanted = collect(load(shards, device="cpu"), samples, tmp_path / "plain", settings=SETTINGS)
-        assert load(shards, device_map="auto").hf_device_map
+        assert run_devices(load(shards, device_map="auto")) == (input_device(load(shards)),)  # one device holds it
         device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
         device_map |= {"model.layers.0": "cpu", "model.layers.1": "cpu", "model.layers.2": "disk"}
         model = load(shards, device_map=json.dumps(device_map))
@@ -230,7 +229,7 @@ class TestOffload:
         model = accelerate.disk_offload(tiny_model(num_hidden_layers=3), str(tmp_path / "weights"))
         same(collect(model, samples, tmp_path / "curves", settings=wanted.settings, offload=True), wanted)
 
-    @pytest.mark.parametrize("stop", [0, 4, 8, 10, 14, 19, 23, 28, 36])
+    @pytest.mark.parametrize("stop", [0, 4, 10, 19, 23, 36])
     def test_interrupted_anywhere(
         self, tiny_model: Build, samples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
     ) -> None:
