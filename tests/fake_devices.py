@@ -18,8 +18,10 @@ class _Placed(torch.Tensor):
     inner: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, device: torch.device) -> "_Placed":  # noqa: PLW0211
-        with torch.inference_mode(False):  # torch takes no view, in inference, of what was made in inference and wrapped
+    def __new__(cls, inner: torch.Tensor, device: torch.device) -> "_Placed":
+        with torch.inference_mode(
+            False
+        ):  # torch takes no view, in inference, of what was made in inference and wrapped
             made = torch.Tensor._make_wrapper_subclass(
                 cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
                 device=device,

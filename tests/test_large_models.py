@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from xcalib.collect import CollectSettings, Curves, collect, load_curves
 from xcalib.collect.curves import ARRAYS

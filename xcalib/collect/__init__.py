@@ -12,8 +12,10 @@ from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, Measure
 from xcalib.collect.job import Job
 from xcalib.collect.lengths import labelled, load_curve_sets, measured_length, open_index, write_index
 from xcalib.collect.offload import LayerPasses
-from xcalib.collect.units import Units
+from xcalib.collect.shared_units import open_units
 from xcalib.data import SampleSet, check_sets
+from xcalib.errors import ModelError
+from xcalib.models.shards import head_shards
 from xcalib.models.structure import describe_model
 from xcalib.progress import Progress, silent
 
@@ -63,7 +65,11 @@ def collect(
     """
     settings = settings or CollectSettings()
     identity = describe_model(model, name)
-    units = Units(folder, _identity(identity.model_dump(), model, samples, settings), resume=resume)
+    identity_of_work = _identity(identity.model_dump(), model, samples, settings)
+    shards = head_shards(model)
+    units = open_units(folder, identity_of_work, shards, resume=resume)
+    if offload and shards.size > 1:
+        raise ModelError("offload takes a whole model: this one's heads are on several ranks")
     if resume and (units.folder / "curves.json").is_file():
         return load_curves(units.folder)
     job = Job(model, identity.query_heads, samples, settings, units, progress)
@@ -73,7 +79,8 @@ def collect(
         curves = job.measure_joint(job.measure_gains(job.measure_samples()))
     curves = job.measure_others(curves)
     curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
-    save_curves(curves, units.folder)
+    if shards.rank == 0:
+        save_curves(curves, units.folder)
     units.discard()
     return curves
 

@@ -14,6 +14,7 @@ from xcalib.collect.curves import CollectSettings, Curves
 from xcalib.collect.gains import GainMeter
 from xcalib.collect.measure import SampleCurves, Sweeper
 from xcalib.collect.measures import Measures
+from xcalib.collect.shared_units import SharedUnits
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.errors import CurvesError, ModelError
@@ -34,7 +35,7 @@ class Job:
         query_heads: int,
         samples: SampleSet,
         settings: CollectSettings,
-        units: Units,
+        units: Units | SharedUnits,
         progress: Progress,
     ) -> None:
         self._model = model

@@ -13,6 +13,7 @@ from xcalib.kernels import SweepResult, sweep_thresholds, visible_blocks
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.logits import sampled_positions
 from xcalib.models.placement import materialised
+from xcalib.models.shards import head_shards, local_tensor
 from xcalib.models.structure import AttentionLayer, attention_layers, compact_projection, decoder_of, head_projection
 
 __all__ = ["SampleCurves", "Sweeper", "each_layer", "energy_hook", "gather_layers", "output_bias", "sweep_call"]
@@ -53,6 +54,7 @@ class Sweeper:
         self._projections = {
             index: compact_projection(head_projection(layer, query_heads)) for index, layer in self._layers.items()
         }
+        self._shards = head_shards(model)
         self._biases = {index: output_bias(layer) for index, layer in self._layers.items()}
 
     @torch.inference_mode()
@@ -91,11 +93,12 @@ class Sweeper:
 
     def _sweep(self, call: AttentionCall) -> SweepResult:
         try:
-            return sweep_call(call, self._projections[call.layer].to(call.query.device), self._settings)
+            found = sweep_call(call, self._projections[call.layer].to(call.query.device), self._settings)
         except ValueError as error:
             raise ModelError(
                 f"layer {call.layer} of {type(self._model).__name__} cannot be measured: {error}"
             ) from error
+        return SweepResult(self._shards.all(found.error), self._shards.all(found.kept), found.visible)
 
 
 def gather_layers(
@@ -165,10 +168,11 @@ def each_layer(
         fp64 ``(layers, heads, levels)``.
     """
     found: dict[int, torch.Tensor] = {}
+    shards = head_shards(model)
 
     def compute(call: AttentionCall) -> None:
         if call.layer in layers:
-            found[call.layer] = measure(call).cpu()
+            found[call.layer] = shards.all(measure(call)).cpu()
             advance(1)
 
     with patch_attention(model, compute):
@@ -180,7 +184,7 @@ def output_bias(layer: AttentionLayer) -> torch.Tensor | None:
     """fp32 ``(hidden,)`` of a layer's output projection; read beforehand, since it may be away when a forward hook runs."""
     with materialised(layer.output), torch.no_grad():
         bias = getattr(layer.output, "bias", None)
-        return None if bias is None else bias.float()
+        return None if bias is None else local_tensor(bias).float()
 
 
 def energy_hook(index: int, bias: torch.Tensor | None, energies: dict[int, float]) -> Callable[..., None]:

@@ -23,6 +23,7 @@ from xcalib.collect.gains import GainMeter
 from xcalib.collect.hidden import HiddenStates
 from xcalib.collect.job import as_unit, check_lengths, gain_levels, joint_levels
 from xcalib.collect.layer_sweep import LayerSweep
+from xcalib.collect.shared_units import SharedUnits
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.errors import ModelError
@@ -62,7 +63,7 @@ class LayerPasses:
         query_heads: int,
         samples: SampleSet,
         settings: CollectSettings,
-        units: Units,
+        units: Units | SharedUnits,
         progress: Progress,
     ) -> None:
         check_lengths(samples, settings)

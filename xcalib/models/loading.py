@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from xcalib.errors import ModelError
-from xcalib.models.spread import offload_folder, offload_map, spread_arguments
+from xcalib.models.spread import offload_folder, offload_map, spread_arguments, tensor_parallel_arguments
 
 __all__ = ["LoadedModel", "load_model", "load_tokenizer"]
 
@@ -33,6 +33,7 @@ def load_model(
     trust_remote_code: bool = False,
     device_map: str | None = None,
     offload: bool = False,
+    tp_plan: str | None = None,
 ) -> LoadedModel:
     """Load a causal language model in evaluation mode.
 
@@ -46,6 +47,8 @@ def load_model(
             ``balanced``, ``balanced_low_0``, ``sequential``, or a JSON object from module names to devices.
         offload: leave the decoder's layers in the checkpoint, to be read when they are needed
             (:func:`xcalib.models.spread.offload_map`).
+        tp_plan: ``auto``: shard heads and weights over the ranks of the process group that ``torchrun`` started, by the
+            model's own tensor-parallel plan.
 
     Raises:
         ModelError: the model is missing or cannot be loaded, or not in that way.
@@ -62,10 +65,12 @@ def load_model(
             how |= {"device_map": offload_map(name, target, arguments, trust_remote_code), "use_safetensors": True}
         elif device_map is not None:
             how |= spread_arguments(device_map)
+        elif tp_plan is not None:
+            how |= tensor_parallel_arguments(tp_plan)
         with offload_folder(needed="device_map" in how) as (folder, keep):
             model = AutoModelForCausalLM.from_pretrained(**how, **folder)
             keep(model)
-        model = (model if "device_map" in how else model.to(target)).eval()
+        model = (model if device_map or offload or tp_plan else model.to(target)).eval()
     except ModelError:
         raise
     except Exception as error:  # damaged files and foreign code raise anything

@@ -14,7 +14,7 @@ from torch import nn
 from xcalib.errors import ModelError
 from xcalib.models.structure import decoder_blocks
 
-__all__ = ["DEVICE_MAPS", "offload_folder", "offload_map", "spread_arguments"]
+__all__ = ["DEVICE_MAPS", "offload_folder", "offload_map", "spread_arguments", "tensor_parallel_arguments"]
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 GPU_SHARE = 0.8  # of a GPU's free memory for weights: sweeps and hidden states want the rest
@@ -33,6 +33,23 @@ def spread_arguments(device_map: str) -> dict[str, Any]:
 
     memory = {device: int(size * GPU_SHARE) if device != "cpu" else size for device, size in get_max_memory().items()}
     return {"device_map": device_map, "max_memory": memory}
+
+
+def tensor_parallel_arguments(tp_plan: str) -> dict[str, Any]:
+    """What shards a model over the ranks of the process group.
+
+    Raises:
+        ModelError: there is no process group of several ranks, or the plan is unknown.
+    """
+    if tp_plan != "auto":
+        raise ModelError(f"tensor-parallel plan is {tp_plan!r}, allowed is auto")
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        raise ModelError("a tensor-parallel model needs several ranks: start this with torchrun --nproc-per-node N")
+    from transformers.distributed import DistributedConfig
+
+    if "tp_plan" in getattr(DistributedConfig, "__dataclass_fields__", ()):
+        return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
+    return {"tp_plan": tp_plan}  # transformers 5.17
 
 
 def _explicit(text: str) -> dict[str, Any]:

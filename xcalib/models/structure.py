@@ -11,6 +11,7 @@ from torch import nn
 
 from xcalib.errors import ModelError
 from xcalib.models.placement import materialised, run_device
+from xcalib.models.shards import local_tensor
 from xcalib.profile import ModelIdentity
 
 __all__ = [
@@ -133,12 +134,13 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def head_projection(layer: AttentionLayer, query_heads: int) -> torch.Tensor:
     """W_o by head: fp32 ``(query_heads, head_dim, hidden)``, whatever the projection's class (quantised ones included) and
-    wherever its weights are kept."""
+    wherever its weights are kept; of a tensor-parallel model those of this rank's heads."""
     output = layer.output
     with torch.no_grad():
         if isinstance(output, nn.Linear) and output.weight.is_floating_point():
             with materialised(output):
-                weight = output.weight.float().T  # (Hq * D, hidden)
+                weight = local_tensor(output.weight).float().T  # (Hq * D, hidden)
+            query_heads = query_heads * len(weight) // output.weight.shape[1]
         else:
             parameter = next(output.parameters())
             width = query_heads * int(layer.attention.head_dim)  # type: ignore[arg-type]  # an int attribute of the module
