@@ -10,10 +10,11 @@ import torch
 os.environ["XCALIB_BACKEND"] = "reference"
 
 from xcalib.collect import CollectSettings, collect
+from xcalib.collect.job import Job
 from xcalib.collect.slopes import SlopeMeter
 from xcalib.data import Sample, SampleSet
 from xcalib.evaluation import evaluate_plans
-from xcalib.models.loading import load_model
+from xcalib.models import loading
 from xcalib.models.shards import head_shards
 from xcalib.models.sparse import SparsePlan
 
@@ -29,17 +30,27 @@ SETTINGS = CollectSettings(
 )
 
 
+def _interrupt(*_args: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(model_folder: str, tokens: str, out: Path) -> None:
     arrays = np.load(tokens)
-    samples = SampleSet(
-        tuple(Sample(arrays[name], "random", (name,)) for name in sorted(arrays)), {}, ("random",), "calibration", 0
-    )
+    found = [Sample(arrays[name], "random", (f"{index:016x}",)) for index, name in enumerate(sorted(arrays))]
+    samples = SampleSet(tuple(found), {}, ("random",), "calibration", 0)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     how = {"tp_plan": "auto"} if "RANK" in os.environ else {}
-    model = load_model(model_folder, device="cpu", **how).model
-    curves = collect(model, samples, out / "curves", settings=SETTINGS)
-    ids, levels = torch.from_numpy(samples.samples[0].tokens), np.array([[0, 1, 2, 3]] * len(curves.layers))
+    loading.load_tokenizer = lambda *_a, **_k: None  # the folder has none
+    model = loading.load_model(model_folder, device="cpu", **how).model
+    whole = Job.measure_joint
+    Job.measure_joint = _interrupt  # type: ignore[method-assign]
+    try:
+        collect(model, samples, out / "curves", settings=SETTINGS)
+    except KeyboardInterrupt:
+        Job.measure_joint = whole  # type: ignore[method-assign]
+    curves = collect(model, samples, out / "curves", settings=SETTINGS, resume=True)
+    ids, levels = torch.tensor(samples.samples[0].tokens), np.array([[0, 1, 2, 3]] * len(curves.layers))
     with torch.no_grad():
         dense = model.model(ids[None])[0][0][4::5]
     slopes = SlopeMeter(model, SETTINGS, curves.layers).measure(ids, levels, dense)
@@ -56,8 +67,6 @@ def main(model_folder: str, tokens: str, out: Path) -> None:
         density=[one.density for one in evaluation.plans],
     )
     if "RANK" in os.environ:
-        resumed = collect(model, samples, out / "curves", settings=SETTINGS, resume=True)
-        assert resumed.error.tobytes() == curves.error.tobytes()
         torch.distributed.destroy_process_group()
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from xcalib.evaluation import evaluate_plans
 from xcalib.models.layers import LayerStack
 from xcalib.models.loading import load_model
 from xcalib.models.placement import fetches_weights, input_device, materialised, run_device, run_devices
+from xcalib.models.shards import HeadShards
 from xcalib.models.sparse import SparsePlan
 from xcalib.models.structure import attention_layers, head_projection
 
@@ -277,7 +280,7 @@ class TestOffload:
         model = tiny_model(num_hidden_layers=3)
         with torch.no_grad():
             model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-        with pytest.raises(ModelError, match="^sample 0: LlamaForCausalLM: the hidden states after layer 1 hold NaN"):
+        with pytest.raises(ModelError, match=r"^sample 0: LlamaForCausalLM: the hidden states after layer 1 hold NaN"):
             collect(model, samples, tmp_path, settings=SETTINGS, offload=True)
 
     def test_something_between_the_layers(self, tiny_model: Build, samples: Any, tmp_path: Path) -> None:
@@ -296,6 +299,121 @@ class TestOffload:
         (tmp_path / "model.gguf").write_bytes(b"GGUF")
         with pytest.raises(ModelError, match=r"GGUF file, which is not read layer by layer: use safetensors"):
             load(tmp_path / "model.gguf", offload=True)
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_weights_keep_their_dtype_and_sums_have_more(
+        self, tiny_model: Build, samples: Any, tmp_path: Path, dtype: torch.dtype
+    ) -> None:
+        model = tiny_model(num_hidden_layers=3).to(dtype)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        found = collect(model, samples, tmp_path / "half", settings=SETTINGS)
+        assert all(value.dtype == dtype and torch.equal(value, before[n]) for n, value in model.state_dict().items())
+        for name in ("error", "energy", "gain", "gain_kl", "joint_kl"):
+            assert getattr(found, name).dtype == np.float64
+        assert head_projection(attention_layers(model)[0], 4).dtype == torch.float32
+        # the same weights, all arithmetic in fp32: sums in half precision would be off by far more than activations are
+        exact = collect(model.float(), samples, tmp_path / "single", settings=SETTINGS)
+        assert np.allclose(found.energy, exact.energy, rtol=0.01)
+        assert np.allclose(found.error[..., 0].sum(-1), exact.error[..., 0].sum(-1), rtol=0.05)
+        assert (found.error[..., -1] == 0).all()
+        assert len(np.unique(found.energy.astype(np.float32))) == found.energy.size
+
+    def test_layer_by_layer(self, tiny_model: Build, samples: Any, tmp_path: Path) -> None:
+        model = tiny_model("qwen3").to(torch.bfloat16)
+        plain = collect(model, samples, tmp_path / "plain", settings=SETTINGS)
+        same(collect(model, samples, tmp_path / "layers", settings=SETTINGS, offload=True), plain)
+
+    def test_loading(self, tiny_model: Build, load: Build, tmp_path: Path) -> None:
+        tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+        for how in ({"device": "cpu"}, {"device_map": "auto"}, {"device": "cpu", "offload": True}):
+            model = load(tmp_path, dtype="bfloat16", **how)
+            with materialised(model.model.layers[0].self_attn.o_proj):
+                assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+                assert not model.model.layers[0].self_attn.o_proj.weight.is_meta
+
+
+class TestTensorParallel:
+    def test_two_ranks_find_what_one_process_finds(self, tiny_model: Build, tmp_path: Path) -> None:
+        tiny_model().save_pretrained(tmp_path / "model")
+        rng = np.random.default_rng(0)
+        np.savez(tmp_path / "tokens.npz", a=rng.integers(3, 128, 140), b=rng.integers(3, 128, 200))
+        worker = [
+            str(Path(__file__).with_name("tensor_parallel_worker.py")),
+            tmp_path / "model",
+            tmp_path / "tokens.npz",
+        ]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        for out, command in (("one", worker), ("two", [*launcher, *worker])):
+            (tmp_path / out).mkdir()
+            done = subprocess.run(
+                [sys.executable, *command, tmp_path / out], capture_output=True, text=True, check=False, timeout=300
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+        wanted = np.load(tmp_path / "one" / "rank0.npz")
+        for rank in range(2):
+            found = np.load(tmp_path / "two" / f"rank{rank}.npz")
+            for name in wanted.files:
+                scale = np.nanmax(np.abs(wanted[name]))
+                assert np.allclose(found[name], wanted[name], rtol=0, atol=1e-5 * scale, equal_nan=True), name
+            assert (found["kept"] == wanted["kept"]).all()
+        saved = load_curves(tmp_path / "two" / "curves")
+        assert saved.error.tobytes() == np.load(tmp_path / "two" / "rank0.npz")["error"].tobytes()
+
+    def test_own_and_all(self) -> None:
+        shards = HeadShards(8, rank=1, size=4)
+        assert shards.own(torch.arange(8), 2).tolist() == [2, 3]
+        assert shards.own(torch.arange(8), 8).tolist() == list(range(8))
+        assert shards.all(torch.arange(8)).tolist() == list(range(8))
+        with pytest.raises(ModelError, match="a layer has 3 query heads on rank 1, expected 8 / 4"):
+            shards.all(torch.arange(3))
+
+    def test_without_ranks(self, shards: Path, load: Build) -> None:
+        with pytest.raises(ModelError, match="torchrun"):
+            load(shards, tp_plan="auto")
+        with pytest.raises(ModelError, match="allowed is auto"):
+            load(shards, tp_plan="mine")
+
+
+class TestCommands:
+    def test_collect(self, run: Build, tiny_folder: Path, tmp_path: Path) -> None:
+        common = ["collect", tiny_folder, "--data", "builtin:prose", "--num-samples", "2", "--max-length", "160"]
+        common += ["--block-size", "64", "--gain-samples", "1", "--device", "cpu"]
+        assert run(*common, "--out", tmp_path / "plain")[0] == 0
+        assert run(*common, "--offload", "--out", tmp_path / "layers")[0] == 0
+        assert run(*common[:-2], "--device-map", "auto", "--out", tmp_path / "map")[0] == 0
+        for name in ("curves.safetensors", "curves.json"):
+            wanted = (tmp_path / "plain" / name).read_bytes()
+            assert (tmp_path / "layers" / name).read_bytes() == wanted
+            assert (tmp_path / "map" / name).read_bytes() == wanted
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (("--device-map", "auto", "--device", "cpu"), "goes without --device"),
+            (("--device-map", "auto", "--offload"), "goes without --offload"),
+            (("--device-map", "somehow"), "allowed are auto, balanced"),
+        ],
+        ids=["device", "offload", "malformed"],
+    )
+    def test_bad_input(
+        self, run: Build, tiny_folder: Path, tmp_path: Path, arguments: Sequence[str], said: str
+    ) -> None:
+        code, _, stderr = run("collect", tiny_folder, "--out", tmp_path / "curves", *arguments)
+        assert code == 2
+        assert said in " ".join(stderr.split())
+        assert "Traceback" not in stderr
+
+    def test_search(self, run: Build, tiny_folder: Path, tmp_path: Path) -> None:
+        common = ["search", tiny_folder, "--data", "builtin:prose", "--num-samples", "2", "--max-length", "160"]
+        common += ["--block-size", "64", "--gain-samples", "1", "--device", "cpu", "--heldout-samples", "0"]
+        common += ["--target", "density=0.9", "--rounds", "1"]
+        for name, extra in (("plain", ()), ("layers", ("--offload",))):
+            work = ("--work", tmp_path / name, "--out", tmp_path / f"{name}.yaml")
+            code, _, stderr = run(*common, *extra, *work)
+            assert code == 0, stderr
+        assert (tmp_path / "plain.yaml").read_bytes() == (tmp_path / "layers.yaml").read_bytes()
 
 
 def _interrupt(*_args: Any) -> None:

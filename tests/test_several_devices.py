@@ -1,12 +1,33 @@
-"""Devices that do not exist: tensors that say they are on one, compute on the CPU, and refuse to meet those of another."""
+"""A model on several devices that do not exist: tensors say that they are on one, compute on the CPU, and refuse to meet those of
+another."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["FakeDevices", "spread_over"]
+from xcalib.collect import CollectSettings, collect
+from xcalib.collect.curves import ARRAYS
+from xcalib.evaluation import evaluate_plans
+from xcalib.models.placement import run_devices
+from xcalib.models.sparse import SparsePlan
+
+Build = Callable[..., Any]
+SETTINGS = CollectSettings(
+    stride=16,
+    block_size=64,
+    grid=(0.0, 0.5, 1.0),
+    gain_samples=1,
+    gain_density=0.6,
+    joint_densities=(0.6, 0.7),
+    gain_every=5,
+    measures=("mass",),
+)
 
 KIND = "lazy"  # a kind that torch knows, with a device guard that does nothing
 CPU = torch.device("cpu")
@@ -84,3 +105,31 @@ def spread_over(model: torch.nn.Module, places: dict[str, int]) -> None:
             return own(*args, **kwargs)
 
         module.forward = forward
+
+
+def test_each_tensor_on_its_own(tiny_model: Build, random_samples: Build, tmp_path: Path) -> None:
+    """Fake devices refuse to meet: embeddings, layers, norm and head each have one."""
+    samples = random_samples([70, 130])
+    wanted = collect(tiny_model(), samples, tmp_path / "one", settings=SETTINGS)
+    model = tiny_model()
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 1, "model.layers.1": 2}
+    with FakeDevices():
+        spread_over(model, places | {"model.norm": 3, "lm_head": 4})
+        assert len(run_devices(model)) == 5
+        for offload in (False, True):
+            found = collect(model, samples, tmp_path / str(offload), settings=SETTINGS, offload=offload)
+            for name in (*ARRAYS, "mass"):
+                # other kernels run below the fake than in a fused operator
+                assert np.allclose(getattr(found, name), getattr(wanted, name), rtol=1e-4, equal_nan=True), name
+        plan = SparsePlan(16, 64, "antidiagonal", ((0, None),), torch.zeros((1, 2, 4)))
+        assert evaluate_plans(model, samples, {"none": plan}, tokenizer=None).plans[0].kl > 0
+
+
+def test_the_fake_refuses_a_mixture() -> None:
+    with FakeDevices():
+        one = torch.ones(3, device="lazy:0")
+        assert (one + 1).device == torch.device("lazy:0")
+        assert (one + one.to("lazy:0")).cpu().tolist() == [2, 2, 2]
+        for other in (torch.ones(3, device="lazy:1"), torch.ones(3)):
+            with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+                one + other
