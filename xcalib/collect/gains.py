@@ -121,5 +121,5 @@ class GainMeter:
         finally:
             for index, block in skipped.items():
                 del block.forward
-                if own[index] is not None:
-                    block.forward = own[index]
+                if (forward := own[index]) is not None:
+                    block.forward = forward

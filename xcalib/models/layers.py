@@ -120,9 +120,9 @@ def resident(block: nn.Module) -> Iterator[None]:
     try:
         for module, hooked in fetched:
             ready.append((module, hooked))
-            hook: Any = module._hf_hook
-            hook.pre_forward(module)
-            module.forward = module._old_forward  # its hook would fetch them again at every call
+            hooks: Any = module  # accelerate's attributes
+            hooks._hf_hook.pre_forward(module)
+            hooks.forward = hooks._old_forward  # its hook would fetch them again at every call
         yield
     finally:
         for module, hooked in ready:

@@ -60,7 +60,11 @@ def load_model(
         raise ModelError("device_map goes neither with device nor with offload: give one of them")
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        how = {**arguments, "dtype": _dtype(dtype, target, arguments), "trust_remote_code": trust_remote_code}
+        how: dict[str, Any] = {
+            **arguments,
+            "dtype": _dtype(dtype, target, arguments),
+            "trust_remote_code": trust_remote_code,
+        }
         if offload:
             how |= {"device_map": offload_map(name, target, arguments, trust_remote_code), "use_safetensors": True}
         elif device_map is not None:

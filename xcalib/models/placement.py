@@ -16,7 +16,8 @@ __all__ = ["fetches_weights", "input_device", "materialised", "run_device", "run
 
 def input_device(model: nn.Module) -> torch.device:
     """Where a model takes its tokens."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    find: Any = getattr(model, "get_input_embeddings", None)
+    embedding = None if find is None else find()
     return run_device(model if embedding is None else embedding)
 
 
