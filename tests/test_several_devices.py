@@ -59,6 +59,12 @@ class FakeDevices(TorchDispatchMode):
     """While it is on, ``torch.device("lazy:0")``, ``lazy:1`` and so on can be used; what mixes them raises RuntimeError."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # in inference mode functions arrive that torch otherwise takes apart before
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:
+                found = func.decompose(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
         return _run(func, args, kwargs or {})
 
 
@@ -119,8 +125,7 @@ def test_each_tensor_on_its_own(tiny_model: Build, random_samples: Build, tmp_pa
         for offload in (False, True):
             found = collect(model, samples, tmp_path / str(offload), settings=SETTINGS, offload=offload)
             for name in (*ARRAYS, "mass"):
-                # other kernels run below the fake than in a fused operator
-                assert np.allclose(getattr(found, name), getattr(wanted, name), rtol=1e-4, equal_nan=True), name
+                assert np.array_equal(getattr(found, name), getattr(wanted, name), equal_nan=True), name
         plan = SparsePlan(16, 64, "antidiagonal", ((0, None),), torch.zeros((1, 2, 4)))
         assert evaluate_plans(model, samples, {"none": plan}, tokenizer=None).plans[0].kl > 0
 
