@@ -27,6 +27,7 @@ from xcalib.models.sparse import SparsePlan
 from xcalib.models.structure import attention_layers, head_projection
 
 accelerate = pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
 Build = Callable[..., Any]
 
 SETTINGS = CollectSettings(
@@ -265,12 +266,37 @@ class TestOffload:
     ) -> None:
         model = tiny_model(num_hidden_layers=3)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("xcalib.collect.job.Job.measure_joint", _interrupt)
+            collect(model, samples, tmp_path / "b", settings=SETTINGS, offload=True)
+        assert (tmp_path / "b" / "hidden").is_dir()
+        found = collect(model, samples, tmp_path / "b", settings=SETTINGS, resume=True)
+        same(found, _remembered(tiny_model, samples, tmp_path))
+        assert not (tmp_path / "b" / "hidden").exists()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("xcalib.collect.job.Job.measure_gains", _interrupt)
             collect(model, samples, tmp_path / "a", settings=SETTINGS)
         same(
             collect(model, samples, tmp_path / "a", settings=SETTINGS, offload=True, resume=True),
             _remembered(tiny_model, samples, tmp_path),
         )
+
+    def test_experts_that_have_to_be_converted(self, load: Build, samples: Any, tmp_path: Path) -> None:
+        """The checkpoint names experts one by one, the model holds them in one tensor."""
+        sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "hidden_size": 64}
+        config = transformers.AutoConfig.for_model(
+            "mixtral", vocab_size=128, intermediate_size=48, num_hidden_layers=2, num_local_experts=4, **sizes
+        )
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0.0, 0.15)
+        model.save_pretrained(tmp_path / "model")
+        wanted = collect(load(tmp_path / "model", device="cpu"), samples, tmp_path / "plain", settings=SETTINGS)
+        model = load(tmp_path / "model", device="cpu", offload=True)
+        assert model.model.layers[0].mlp.experts.gate_up_proj.is_meta
+        same(collect(model, samples, tmp_path / "layers", settings=SETTINGS, offload=True), wanted)
 
     def test_no_room(self, tiny_model: Build, samples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("xcalib.collect.hidden.shutil.disk_usage", lambda _p: type("usage", (), {"free": 1000}))

@@ -125,7 +125,8 @@ def test_each_tensor_on_its_own(tiny_model: Build, random_samples: Build, tmp_pa
         for offload in (False, True):
             found = collect(model, samples, tmp_path / str(offload), settings=SETTINGS, offload=offload)
             for name in (*ARRAYS, "mass"):
-                assert np.array_equal(getattr(found, name), getattr(wanted, name), equal_nan=True), name
+                # functions that the fake takes apart round differently
+                assert np.allclose(getattr(found, name), getattr(wanted, name), rtol=1e-4, equal_nan=True), name
         plan = SparsePlan(16, 64, "antidiagonal", ((0, None),), torch.zeros((1, 2, 4)))
         assert evaluate_plans(model, samples, {"none": plan}, tokenizer=None).plans[0].kl > 0
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, Measure, load_curves, save_curves
+from xcalib.collect.hidden import HiddenStates
 from xcalib.collect.job import Job
 from xcalib.collect.lengths import labelled, load_curve_sets, measured_length, open_index, write_index
 from xcalib.collect.offload import LayerPasses
@@ -81,6 +82,7 @@ def collect(
     curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
     if shards.rank == 0:
         save_curves(curves, units.folder)
+        HiddenStates(units.folder / "hidden").discard()
     units.discard()
     return curves
 
@@ -135,9 +137,7 @@ def _layer_by_layer(job: Job, passes: LayerPasses) -> Curves:
     passes.gains(curves)
     curves = job.measure_gains(curves)
     passes.joint(curves)
-    curves = job.measure_joint(curves)
-    passes.discard()
-    return curves
+    return job.measure_joint(curves)
 
 
 def _identity(

@@ -104,10 +104,6 @@ class LayerPasses:
                 ]
         self._sparse(runs, "joint", "all layers together")
 
-    def discard(self) -> None:
-        """Remove the hidden states."""
-        self._hidden.discard()
-
     def _has(self, kind: str, index: int) -> bool:
         return self._units.load(f"{kind}-{index:05d}") is not None
 
