@@ -25,6 +25,7 @@ from xcalib.kernels import backends
 from xcalib.kernels.geometry import Geometry
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.logits import LogitHead
+from xcalib.models.placement import input_device
 from xcalib.models.sparse import SparseAttention, SparsePlan
 from xcalib.progress import Progress
 
@@ -109,7 +110,7 @@ def measure_breakdown(
     """
     tokens = max((sample.tokens for sample in heldout.samples), key=len)
     _check(settings, len(tokens))
-    device = next(model.parameters()).device
+    device = input_device(model)
     depth = int(model.config.get_text_config().num_hidden_layers)
     rows: list[Record] = []
     backend = ""

@@ -16,6 +16,7 @@ from xcalib.data import Sample, SampleSet
 from xcalib.errors import AblationError, ModelError
 from xcalib.evaluation import answer_score
 from xcalib.models.logits import LogitHead, Prefill, sampled_positions
+from xcalib.models.placement import input_device
 from xcalib.progress import Progress
 
 __all__ = ["Measured", "Measurement", "Meter", "measure_settings", "probe_densities"]
@@ -90,7 +91,7 @@ class Meter:
         advance(len(done))
         if len(done) == len(names):
             return [done[name] for name in names]
-        tokens = torch.tensor(sample.tokens, device=next(self._model.parameters()).device)
+        tokens = torch.tensor(sample.tokens, device=input_device(self._model))
         asks = bool(sample.answers) and self._tokenizer is not None
         dense = self._head.prefill(tokens, use_cache=asks)
         reference = dense.hidden[self._compared].clone()
@@ -177,7 +178,7 @@ def probe_densities(
         for index, sample in enumerate(samples.samples):
             unit = units.load(f"density-{index:05d}")
             if unit is None:
-                tokens = torch.tensor(sample.tokens, device=next(model.parameters()).device)
+                tokens = torch.tensor(sample.tokens, device=input_device(model))
                 with DensityProbe(model, limits, block_size=block_size, seed=seed + SAMPLE_STEP * index) as probe:
                     head.prefill(tokens)
                 unit = {scoring.key: values for scoring, values in probe.kept.items()}

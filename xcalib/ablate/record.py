@@ -12,6 +12,7 @@ import torch
 from xcalib.ablate.settings import AblateSettings
 from xcalib.bench.machine import describe_machine
 from xcalib.data import SampleSet
+from xcalib.models.placement import input_device
 from xcalib.profile import ModelIdentity
 
 __all__ = ["FORMAT", "Context", "make_record"]
@@ -41,7 +42,7 @@ def make_record(context: Context, result: dict[str, Any], began: float) -> dict[
         "format": FORMAT,
         "table": context.table,
         "command": context.command,
-        "machine": describe_machine(parameter.device) | {"torch_threads": torch.get_num_threads()},
+        "machine": describe_machine(input_device(context.model)) | {"torch_threads": torch.get_num_threads()},
         "versions": {package: _version(package) for package in _PACKAGES} | {"python": sys.version.split()[0]},
         "model": {**context.identity.model_dump(), "dtype": str(parameter.dtype).removeprefix("torch.")},
         "settings": dataclasses.asdict(context.settings),

@@ -25,6 +25,7 @@ from xcalib.data import SampleSet
 from xcalib.errors import AblationError, DataError
 from xcalib.evaluation import refuse_overlap
 from xcalib.kernels.api import Order
+from xcalib.models.placement import input_device
 from xcalib.models.structure import describe_model
 from xcalib.profile import ModelIdentity
 from xcalib.progress import Progress, silent
@@ -159,7 +160,7 @@ def _identity(job: _Job) -> Record:
         "curves": None if job.curves is None else job.curves.calibration["tokens_sha256"],
         "searched order": job.searched_order,
         "dtype": str(parameter.dtype),
-        "device": parameter.device.type,
+        "device": input_device(job.model).type,
     }
 
 

@@ -49,6 +49,7 @@ def ablate(
     png: Annotated[bool, typer.Option("--png/--no-png", help="Draw the pictures (needs the extra `bench`).")] = True,
     seed: opt.Seed = 0,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
     resume: opt.Resume = False,
@@ -74,7 +75,7 @@ def ablate(
         check_matplotlib()
     _check_out(out, names, md, resume or overwrite)
     measured = load_curves(curves) if curves else None
-    loaded = opt.open_model(model, device, dtype, trust_remote_code)
+    loaded = opt.open_model(model, device, dtype, trust_remote_code, device_map)
     amount: dict[str, Any] = {"max_length": max_length, "min_length": min_length, "seed": seed}
     samples = opt.read_samples(data, loaded, num_samples=num_samples, split="calibration", **amount)
     used = {*samples.documents, *(measured.calibration["documents"] if measured else ())}

@@ -90,6 +90,8 @@ def collect(
     gain_samples: opt.GainSamples = 2,
     measure: opt.Measures = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    offload: opt.Offload = False,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
     workers: Workers = None,
@@ -107,14 +109,15 @@ def collect(
     settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples, measure or ())
     with joined(workers) as ranks:
         with ranks.together():
-            loaded = opt.open_model(model, device, dtype, trust_remote_code, ranks)
+            loaded = opt.open_model(model, device, dtype, trust_remote_code, device_map, offload, ranks)
             samples = opt.read_sets(
                 data, loaded, tokens, num_samples=num_samples, min_length=min_length, seed=seed, split="calibration"
             )
         with resumable("run the same command with --resume"):
             sets = collect_lengths(
-                loaded.model, samples, out, settings=settings, name=model, resume=resume, progress=progress, ranks=ranks
-            )
+                loaded.model, samples, out, settings=settings, name=model, resume=resume, offload=offload,
+                progress=progress, ranks=ranks,
+            )  # fmt: skip
         report_curves(sets, out, as_json)
 
 
@@ -146,6 +149,7 @@ def evaluate(
     seed: opt.Seed = 0,
     work: Annotated[Path | None, typer.Option(help="Keep finished samples in this folder, for --resume.")] = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
     resume: opt.Resume = False,
@@ -162,7 +166,7 @@ def evaluate(
     record = loaded_profile.calibration if loaded_profile else None
     default = ((record.lengths or (record.max_length,)) if record and record.samples else None) or (opt.DEFAULT_LENGTH,)
     tokens = opt.chosen_lengths(lengths, max_length, min_length, default[-1:] if min_length else default)
-    loaded = opt.open_model(model, device, dtype, trust_remote_code)
+    loaded = opt.open_model(model, device, dtype, trust_remote_code, device_map)
     plans = plans_to_evaluate(loaded.model, loaded_profile, point=point, uniform=uniform or ())
     sets = opt.read_sets(
         data or (list(record.sources) if record else None),

@@ -110,6 +110,21 @@ Rounds = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there is one, else cpu.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|balanced|...",
+        help="Spread MODEL over all GPUs, and over host memory where they do not hold it, instead of --device: auto, balanced, "
+        "balanced_low_0, sequential or a JSON object, as transformers' device_map (docs/large-models.md).",
+    ),
+]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload",
+        help="For a MODEL larger than memory: read its layers from the checkpoint one at a time, all samples through each.",
+    ),
+]
 Dtype = Annotated[str, typer.Option(callback=one_of("auto", *DTYPES), help="auto, float32, float16 or bfloat16.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")]
 FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]
@@ -139,12 +154,39 @@ def work_folder(model: str, work: Path | None) -> Path:
     return work or Path("xcalib-out") / (re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model")
 
 
-def open_model(name: str, device: str | None, dtype: str, trust_remote_code: bool, ranks: Ranks = ALONE) -> LoadedModel:
-    """Load MODEL, saying so while it lasts; of several ranks each onto its own device."""
+def open_model(
+    name: str,
+    device: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    device_map: str | None = None,
+    offload: bool = False,
+    ranks: Ranks = ALONE,
+) -> LoadedModel:
+    """Load MODEL, saying so while it lasts; of several ranks each onto its own device.
+
+    The other arguments are those of :func:`xcalib.models.loading.load_model`.
+    """
+    if device_map is not None and (device is not None or offload):
+        other = "--offload" if offload else "--device"
+        raise typer.BadParameter(f"goes without {other}: give one of them", param_hint="--device-map")
+    if ranks.size > 1 and (device_map is not None or offload):
+        name_of = "--offload" if offload else "--device-map"
+        raise typer.BadParameter(
+            f"is for one process: {ranks.size} ranks hold a model each; use it without --workers and torchrun",
+            param_hint=name_of,
+        )
     quiet_libraries()
     device = ranks.device(device)
     with status(f"Loading {name}"):
-        return load_model(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return load_model(
+            name,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            device_map=device_map,
+            offload=offload,
+        )
 
 
 def check_positions(loaded: LoadedModel, length: int) -> None:

@@ -73,6 +73,7 @@ def refine(
         Path | None, typer.Option(help="Folder with the curves and the journal; default xcalib-out/MODEL.")
     ] = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
     resume: opt.Resume = False,
@@ -102,7 +103,7 @@ def refine(
     name = model or start.model.name
     folder = opt.work_folder(name, work)
     measured = _curves_of(start, length_bin, curves or folder / "curves")
-    loaded = opt.open_model(name, device, dtype, trust_remote_code)
+    loaded = opt.open_model(name, device, dtype, trust_remote_code, device_map)
     record = start.calibration
     every = (max_length,) if max_length else (record.lengths or (record.max_length,))
     own = every[length_bin] if len(every) > 1 else every[0]

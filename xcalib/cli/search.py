@@ -84,6 +84,8 @@ def search(
         Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
     ] = None,
     device: opt.Device = None,
+    device_map: opt.DeviceMap = None,
+    offload: opt.Offload = False,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
     workers: Workers = None,
@@ -133,7 +135,7 @@ def search(
             _say_without_rounds(rounds, method, measured, ())  # at the end: what goes wrong gives one line, its own
             return
         with ranks.together():
-            loaded = opt.open_model(model, device, dtype, trust_remote_code, ranks)
+            loaded = opt.open_model(model, device, dtype, trust_remote_code, device_map, offload, ranks)
             if measured is not None:
                 _same_model(measured[0].model, loaded)
             how: dict[str, Any] = {"min_length": min_length, "seed": seed}
@@ -153,7 +155,7 @@ def search(
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
                 rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
-                save=lambda found: save_profile(made(found), out), progress=progress, ranks=ranks, **chosen,
+                save=lambda found: save_profile(made(found), out), offload=offload, progress=progress, ranks=ranks, **chosen,
             )  # fmt: skip
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)

@@ -13,12 +13,17 @@ from typing import Any
 import numpy as np
 
 from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, Measure, save_curves
+from xcalib.collect.hidden import HiddenStates
 from xcalib.collect.job import Job
 from xcalib.collect.lengths import labelled, load_curve_sets, measured_length, open_index, write_index
+from xcalib.collect.offload import LayerPasses
 from xcalib.collect.ranks import ALONE, Ranks
 from xcalib.collect.reading import load_curves
+from xcalib.collect.shared_units import SharedUnits
 from xcalib.collect.shares import Shares, open_units
 from xcalib.data import SampleSet, check_sets
+from xcalib.errors import ModelError
+from xcalib.models.shards import HeadShards, head_shards
 from xcalib.models.structure import describe_model
 from xcalib.progress import Progress, silent
 
@@ -44,6 +49,7 @@ def collect(
     settings: CollectSettings | None = None,
     name: str | None = None,
     resume: bool = False,
+    offload: bool = False,
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> Curves:
@@ -59,6 +65,7 @@ def collect(
         settings: what is measured; default :class:`CollectSettings`.
         name: what the user calls the model.
         resume: go on with what ``folder`` holds, with any number of ranks.
+        offload: take all samples through one layer at a time (docs/large-models.md); the curves are the same.
         progress: draws the work.
         ranks: processes that share the samples (docs/many-gpus.md); each has its own copy of the model and the same samples, and
             gets the curves. Rank 0 writes them.
@@ -71,21 +78,39 @@ def collect(
     """
     settings = settings or CollectSettings()
     identity = describe_model(model, name)
+    shards = _shards(model, offload, ranks)
     asked = _identity(identity.model_dump(), model, samples, settings)
-    with open_units(folder, asked, resume=resume, ranks=ranks) as units:
+    opened = SharedUnits(folder, asked, shards, resume=resume) if shards.size > 1 else None
+    with opened or open_units(folder, asked, resume=resume, ranks=ranks) as units:
         done = np.array(resume and (units.folder / "curves.json").is_file())
         if ranks.same(done):
             curves = _load_on_all(units.folder, ranks)
             units.discard()  # killed before it could
             return curves
         job = Job(model, identity.query_heads, samples, settings, Shares(units, progress, ranks))
-        curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
+        if offload:
+            curves = _layer_by_layer(job, LayerPasses(model, identity.query_heads, samples, settings, units, progress))
+        else:
+            curves = job.measure_joint(job.measure_gains(job.measure_samples()))
+        curves = job.measure_others(curves)
         curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
         with ranks.together():
-            if ranks.leader:
+            if ranks.leader and shards.rank == 0:
                 save_curves(curves, units.folder)
+                HiddenStates(units.folder / "hidden").discard()
         units.discard()
     return curves
+
+
+def _shards(model: Any, offload: bool, ranks: Ranks) -> HeadShards:
+    """How the model's heads lie on ranks; ModelError for what does not go together."""
+    shards = head_shards(model)
+    if offload and shards.size > 1:
+        raise ModelError("offload takes a whole model: this one's heads are on several ranks")
+    if ranks.size > 1 and (offload or shards.size > 1):
+        what = "offload takes all samples through a layer" if offload else "ranks that share a model have all samples"
+        raise ModelError(f"{what}, so samples cannot be shared among {ranks.size} ranks; use one of the two")
+    return shards
 
 
 def _load_on_all(folder: Path, ranks: Ranks) -> Curves:
@@ -117,6 +142,7 @@ def collect_lengths(
     settings: CollectSettings | None = None,
     name: str | None = None,
     resume: bool = False,
+    offload: bool = False,
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> tuple[Curves, ...]:
@@ -130,6 +156,7 @@ def collect_lengths(
         settings: what is measured, the same at every length.
         name: what the user calls the model.
         resume: go on with what ``folder`` holds, with any number of ranks.
+        offload: take all samples through one layer at a time (docs/large-models.md); the curves are the same.
         progress: draws the work.
         ranks: as in :func:`collect`.
 
@@ -139,7 +166,13 @@ def collect_lengths(
         ModelError: the model cannot be measured, or its activations are not finite.
         RankError: another rank failed.
     """
-    options: dict[str, Any] = {"settings": settings, "name": name, "resume": resume, "ranks": ranks}
+    options: dict[str, Any] = {
+        "settings": settings,
+        "name": name,
+        "resume": resume,
+        "offload": offload,
+        "ranks": ranks,
+    }
     if len(sets) == 1:
         return (collect(model, sets[0], folder, progress=progress, **options),)
     check_sets(sets)
@@ -156,6 +189,16 @@ def collect_lengths(
         if ranks.leader:
             write_index(root, lengths)
     return curves
+
+
+def _layer_by_layer(job: Job, passes: LayerPasses) -> Curves:
+    """Each pass leaves the units that the job's next step reads."""
+    passes.sweep()
+    curves = job.measure_samples()
+    passes.gains(curves)
+    curves = job.measure_gains(curves)
+    passes.joint(curves)
+    return job.measure_joint(curves)
 
 
 def _identity(

@@ -116,10 +116,11 @@ def differentiable(model: nn.Module) -> Iterator[None]:
     """
     blocks = [layer.block for layer in attention_layers(model)]
     own = [vars(block).get("forward") for block in blocks]  # set on the instance where a library hooks the module
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # By name: a library that fetches weights for each call puts other parameters in their place.
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        for name in trained:
+            model.get_parameter(name).requires_grad_(False)
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         with torch.enable_grad():
@@ -129,5 +130,5 @@ def differentiable(model: nn.Module) -> Iterator[None]:
             vars(block).pop("forward", None)
             if forward is not None:
                 block.forward = forward
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        for name in trained:
+            model.get_parameter(name).requires_grad_(True)

@@ -25,6 +25,7 @@ from xcalib.collect.measure import each_layer, sweep_call
 from xcalib.errors import ModelError
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.logits import LogitHead, sampled_positions
+from xcalib.models.shards import head_shards
 from xcalib.models.structure import decoder_of
 
 __all__ = ["FisherMeter", "square_roots"]
@@ -37,6 +38,7 @@ class FisherMeter:
         self._model = model
         self._settings = settings
         self._head = LogitHead(model)
+        self._shards = head_shards(model)
 
     def gram(
         self,
@@ -63,7 +65,7 @@ class FisherMeter:
         seen: set[int] = set()
 
         def add(gradient: torch.Tensor, layer: int) -> None:
-            grams[layer] = _gram(gradient)
+            grams[layer] = self._shards.all(_gram(gradient))
             advance(1)
 
         def compute(call: AttentionCall) -> torch.Tensor | None:
@@ -114,7 +116,8 @@ class FisherMeter:
         """
 
         def measure(call: AttentionCall) -> torch.Tensor:
-            return sweep_call(call, roots[call.layer], self._settings).error
+            root = self._shards.own(roots[call.layer], call.query.shape[1]).to(call.query.device)
+            return sweep_call(call, root, self._settings).error
 
         return each_layer(self._model, tokens, tuple(roots), measure, advance) / 2
 

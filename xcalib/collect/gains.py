@@ -53,13 +53,13 @@ class GainMeter:
             for hook in hooks:
                 hook.remove()
         hidden = []
-        with SparseAttention(self._model, self._plan({})) as switch:
+        with SparseAttention(self._model, self.plan({})) as switch:
             for row, layer in enumerate(layers):
-                switch.use(self._plan({layer: thresholds[row]}))
+                switch.use(self.plan({layer: thresholds[row]}))
                 with self._start_at(layer, outputs):
                     hidden.append(self._compared(tokens))
                 advance(1)
-        return self._mean_kl(dense, hidden)
+        return self.mean_kl(dense, hidden)
 
     @torch.inference_mode()
     def together(
@@ -80,21 +80,27 @@ class GainMeter:
             advance: called once an allocation.
         """
         hidden = []
-        with SparseAttention(self._model, self._plan({})) as switch:
+        with SparseAttention(self._model, self.plan({})) as switch:
             for allocation in thresholds:
-                switch.use(self._plan(dict(zip(layers, allocation, strict=True))))
+                switch.use(self.plan(dict(zip(layers, allocation, strict=True))))
                 hidden.append(self._compared(tokens))
                 advance(1)
-        return self._mean_kl(torch.from_numpy(dense).to(hidden[0]), hidden)
+        return self.mean_kl(torch.from_numpy(dense).to(hidden[0]), hidden)
 
     def _compared(self, tokens: torch.Tensor) -> torch.Tensor:
         """Last hidden states at the positions that are compared, ``(positions, hidden)``."""
         return self._head.prefill(tokens).hidden[sampled_positions(self._settings.gain_every)].clone()
 
-    def _mean_kl(self, dense: torch.Tensor, hidden: list[torch.Tensor]) -> np.ndarray:
+    def check_head(self, tokens: torch.Tensor) -> None:
+        """Raise ModelError where the model's logits are not its output embedding's; runs it on int64 ``(length,)`` tokens."""
+        self._head.prefill(tokens)
+
+    def mean_kl(self, dense: torch.Tensor, hidden: list[torch.Tensor]) -> np.ndarray:
+        """Mean KL(dense || variant) in nats, fp64 ``(variants,)``, from last hidden states ``(positions, hidden)``."""
         return self._head.kl(dense, hidden).double().mean(dim=1).cpu().numpy()
 
-    def _plan(self, chosen: dict[int, np.ndarray]) -> SparsePlan:
+    def plan(self, chosen: dict[int, np.ndarray]) -> SparsePlan:
+        """Thresholds ``(heads,)`` of some layers; all others are dense."""
         thresholds = torch.ones((1, self._depth, self._heads))
         for layer, values in chosen.items():
             thresholds[0, layer] = torch.as_tensor(values)
@@ -106,11 +112,14 @@ class GainMeter:
     @contextmanager
     def _start_at(self, layer: int, outputs: dict[int, Any]) -> Iterator[None]:
         """Skip the blocks before ``layer``: they answer what they answered in the dense pass."""
-        skipped = [index for index in self._blocks if index < layer]
-        for index in skipped:
-            self._blocks[index].forward = lambda *_a, _answer=outputs[index], **_k: _answer
+        skipped = {index: block for index, block in self._blocks.items() if index < layer}
+        own = {index: vars(block).get("forward") for index, block in skipped.items()}  # of a block that a library hooks
+        for index, block in skipped.items():
+            block.forward = lambda *_a, _answer=outputs[index], **_k: _answer
         try:
             yield
         finally:
-            for index in skipped:
-                del self._blocks[index].forward
+            for index, block in skipped.items():
+                del block.forward
+                if (forward := own[index]) is not None:
+                    block.forward = forward

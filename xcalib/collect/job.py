@@ -17,8 +17,9 @@ from xcalib.collect.measures import Measures
 from xcalib.collect.shares import Advance, Arrays, Shares
 from xcalib.data import SampleSet
 from xcalib.errors import CurvesError, ModelError
+from xcalib.models.placement import input_device
 
-__all__ = ["Job"]
+__all__ = ["Job", "as_unit", "check_lengths", "gain_levels", "joint_levels"]
 
 
 class Job:
@@ -50,9 +51,7 @@ class Job:
     def measure_samples(self) -> Curves:
         """The sweep of every sample; gains and joint losses still empty."""
         count, depth = len(self._samples.samples), int(self._model.config.get_text_config().num_hidden_layers)
-        shortest = min(len(sample.tokens) for sample in self._samples.samples)
-        if shortest < self._settings.gain_every:
-            raise CurvesError(f"gain_every is {self._settings.gain_every}, but a sample has only {shortest} tokens")
+        check_lengths(self._samples, self._settings)
         done = list(self._each(f"Measuring {count} samples", "sample", self._sweep, [depth] * count, local=("hidden",)))
         layers = tuple(int(layer) for layer in done[0]["layers"])
         if any(tuple(unit["layers"]) != layers for unit in done):
@@ -67,9 +66,7 @@ class Job:
     def measure_gains(self, curves: Curves) -> Curves:
         """Fill the gains: KL of one switched layer over the error that its heads made, pooled over the gain samples."""
         count, depth = min(self._settings.gain_samples, len(self._samples.samples)), len(curves.layers)
-        tables = zip(curves.density, curves.relative_error, strict=True)
-        levels = np.stack([allocate(density, error, self._settings.gain_density) for density, error in tables])
-        levels = self._shares.ranks.same(levels)
+        levels = self._shares.ranks.same(gain_levels(curves))
         thresholds = curves.grid[levels]  # (layers, heads): every layer at the same density
 
         def alone(index: int, advance: Advance) -> Arrays:
@@ -91,8 +88,7 @@ class Job:
         numbers = [len(densities) if index < len(curves.gain_kl) else 1 for index in range(count)]
 
         def together(index: int, advance: Advance) -> Arrays:
-            others = np.arange(count) != index if count > 1 else np.ones(1, dtype=bool)
-            thresholds = curves.grid[_allocations(curves, others, densities[: numbers[index]])]
+            thresholds = curves.grid[joint_levels(curves, index)]
             tokens, dense = self._tokens(index), self._hidden(index)
             return {"kl": self._meter.together(tokens, curves.layers, thresholds, dense, advance)}
 
@@ -114,7 +110,7 @@ class Job:
         return dataclasses.replace(curves, **found)
 
     def _tokens(self, index: int) -> torch.Tensor:
-        return torch.tensor(self._samples.samples[index].tokens, device=next(self._model.parameters()).device)
+        return torch.tensor(self._samples.samples[index].tokens, device=input_device(self._model))
 
     def _each(
         self,
@@ -139,12 +135,33 @@ class Job:
 
     def _sweep(self, index: int, advance: Advance) -> Arrays:
         try:
-            return _as_unit(self._sweeper.measure(self._tokens(index), advance))
+            return as_unit(self._sweeper.measure(self._tokens(index), advance))
         except ModelError as error:
             raise ModelError(f"sample {index}: {error}") from error
 
 
-def _as_unit(result: SampleCurves) -> Arrays:
+def check_lengths(samples: SampleSet, settings: CollectSettings) -> None:
+    """Raise CurvesError where a sample is too short to measure a KL on."""
+    shortest = min(len(sample.tokens) for sample in samples.samples)
+    if shortest < settings.gain_every:
+        raise CurvesError(f"gain_every is {settings.gain_every}, but a sample has only {shortest} tokens")
+
+
+def gain_levels(curves: Curves) -> np.ndarray:
+    """Levels ``(layers, heads)`` at which each layer alone is switched: every layer at the same density."""
+    tables = zip(curves.density, curves.relative_error, strict=True)
+    return np.stack([allocate(density, error, curves.settings.gain_density) for density, error in tables])
+
+
+def joint_levels(curves: Curves, index: int) -> np.ndarray:
+    """Levels ``(allocations, layers, heads)`` of one sample, chosen on the others; gains must be filled."""
+    count, densities = len(curves.tokens), curves.settings.joint_densities
+    others = np.arange(count) != index if count > 1 else np.ones(1, dtype=bool)
+    return _allocations(curves, others, densities if index < len(curves.gain_kl) else densities[:1])
+
+
+def as_unit(result: SampleCurves) -> Arrays:
+    """A sample's sums as the arrays of its unit."""
     return {
         "layers": result.layers,
         "error": result.error,

@@ -1,6 +1,6 @@
 """One dense forward pass of one sample gives the curve of every layer and head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ from xcalib.errors import ModelError
 from xcalib.kernels import SweepResult, sweep_thresholds, visible_blocks
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.logits import sampled_positions
+from xcalib.models.placement import materialised
+from xcalib.models.shards import head_shards, local_tensor
 from xcalib.models.structure import AttentionLayer, attention_layers, compact_projection, decoder_of, head_projection
 
-__all__ = ["SampleCurves", "Sweeper", "each_layer", "sweep_call"]
+__all__ = ["SampleCurves", "Sweeper", "each_layer", "energy_hook", "gather_layers", "output_bias", "sweep_call"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,8 @@ class Sweeper:
         self._projections = {
             index: compact_projection(head_projection(layer, query_heads)) for index, layer in self._layers.items()
         }
+        self._shards = head_shards(model)
+        self._biases = {index: output_bias(layer) for index, layer in self._layers.items()}
 
     @torch.inference_mode()
     def measure(self, tokens: torch.Tensor, advance: Callable[[int], None] = lambda _n: None) -> SampleCurves:
@@ -71,7 +75,10 @@ class Sweeper:
                 return
             results[call.layer] = self._sweep(call)
 
-        hooks = [layer.output.register_forward_hook(_energy_hook(layer, energies)) for layer in self._layers.values()]
+        hooks = [
+            layer.output.register_forward_hook(energy_hook(index, self._biases[index], energies))
+            for index, layer in self._layers.items()
+        ]
         try:
             with patch_attention(self._model, compute):
                 hidden = decoder_of(self._model)(input_ids=tokens[None], use_cache=False)[0][0]  # (length, hidden)
@@ -81,42 +88,47 @@ class Sweeper:
         if not bool(hidden.isfinite().all()):  # after the last attention, so no sweep has seen them
             raise ModelError(f"{type(self._model).__name__}: the last hidden states hold NaN or infinite numbers")
         compared = hidden[sampled_positions(self._settings.gain_every)].float().cpu().numpy()
-        return self._gather(results, energies, reasons, len(tokens), compared)
+        name = type(self._model).__name__
+        return gather_layers(results, energies, reasons, len(tokens), compared, self._settings, name)
 
     def _sweep(self, call: AttentionCall) -> SweepResult:
         try:
-            return sweep_call(call, self._projections[call.layer], self._settings)
+            found = sweep_call(call, self._projections[call.layer].to(call.query.device), self._settings)
         except ValueError as error:
             raise ModelError(
                 f"layer {call.layer} of {type(self._model).__name__} cannot be measured: {error}"
             ) from error
+        return SweepResult(self._shards.all(found.error), self._shards.all(found.kept), found.visible)
 
-    def _gather(
-        self,
-        results: dict[int, Any],
-        energies: dict[int, float],
-        reasons: dict[str, int],
-        length: int,
-        hidden: np.ndarray,
-    ) -> SampleCurves:
-        if not results:
-            said = (
-                ", ".join(f"{reason} ({count} layers)" for reason, count in reasons.items())
-                or "no attention call was seen"
-            )
-            raise ModelError(f"{type(self._model).__name__}: no layer can attend sparsely: {said}")
-        layers = sorted(results)
-        block_size = self._settings.block_size
-        return SampleCurves(
-            layers=np.array(layers, dtype=np.int64),
-            error=np.stack([results[index].error.cpu().numpy() for index in layers]),
-            energy=np.array([energies[index] for index in layers], dtype=np.float64),
-            kept=np.stack([results[index].kept.cpu().numpy() for index in layers]),
-            visible=int(visible_blocks(length, length, block_size=block_size).sum()),
-            tokens=length,
-            reasons=reasons,
-            hidden=hidden,
-        )
+
+def gather_layers(
+    results: Mapping[int, SweepResult],
+    energies: Mapping[int, float],
+    reasons: dict[str, int],
+    length: int,
+    hidden: np.ndarray,
+    settings: CollectSettings,
+    name: str,
+) -> SampleCurves:
+    """One sample's layers, measured in any order, as :class:`SampleCurves`.
+
+    Raises:
+        ModelError: no layer of the model ``name`` can be sparse.
+    """
+    if not results:
+        said = ", ".join(f"{reason} ({count} layers)" for reason, count in reasons.items())
+        raise ModelError(f"{name}: no layer can attend sparsely: {said or 'no attention call was seen'}")
+    layers = sorted(results)
+    return SampleCurves(
+        layers=np.array(layers, dtype=np.int64),
+        error=np.stack([results[index].error.cpu().numpy() for index in layers]),
+        energy=np.array([energies[index] for index in layers], dtype=np.float64),
+        kept=np.stack([results[index].kept.cpu().numpy() for index in layers]),
+        visible=int(visible_blocks(length, length, block_size=settings.block_size).sum()),
+        tokens=length,
+        reasons=reasons,
+        hidden=hidden,
+    )
 
 
 def sweep_call(call: AttentionCall, projection: torch.Tensor, settings: CollectSettings) -> SweepResult:
@@ -156,10 +168,11 @@ def each_layer(
         fp64 ``(layers, heads, levels)``.
     """
     found: dict[int, torch.Tensor] = {}
+    shards = head_shards(model)
 
     def compute(call: AttentionCall) -> None:
         if call.layer in layers:
-            found[call.layer] = measure(call).cpu()
+            found[call.layer] = shards.all(measure(call)).cpu()
             advance(1)
 
     with patch_attention(model, compute):
@@ -167,11 +180,18 @@ def each_layer(
     return torch.stack([found[layer] for layer in layers]).numpy()
 
 
-def _energy_hook(layer: AttentionLayer, energies: dict[int, float]) -> Callable[..., None]:
-    bias = getattr(layer.output, "bias", None)
+def output_bias(layer: AttentionLayer) -> torch.Tensor | None:
+    """fp32 ``(hidden,)`` of a layer's output projection; read beforehand, since it may be away when a forward hook runs."""
+    with materialised(layer.output), torch.no_grad():
+        bias = getattr(layer.output, "bias", None)
+        return None if bias is None else local_tensor(bias).float()
+
+
+def energy_hook(index: int, bias: torch.Tensor | None, energies: dict[int, float]) -> Callable[..., None]:
+    """A forward hook of a layer's output projection that notes the energy of what the layer adds, its bias left out."""
 
     def hook(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-        added = output.float() if bias is None else output.float() - bias.float()
-        energies[layer.index] = float(added.double().square().sum())
+        added = output.float() if bias is None else output.float() - bias.to(output.device)
+        energies[index] = float(added.double().square().sum())
 
     return hook

@@ -54,8 +54,7 @@ class Measures:
         for gram in self._each("fisher-gram", "gradients", gradients, len(layers)):
             pooled = pooled + gram["gram"]
         covariance = pooled / sum(len(tokens) for tokens in self._samples)  # (layers, heads, D, D)
-        device = self._samples[0].device
-        roots = {layer: square_roots(matrix).to(device) for layer, matrix in zip(layers, covariance, strict=True)}
+        roots = {layer: square_roots(matrix) for layer, matrix in zip(layers, covariance, strict=True)}
 
         def errors(index: int, advance: Advance) -> Arrays:
             return {"error": meter.errors(self._samples[index], roots, advance)}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from xcalib.collect.ranks import ALONE, Ranks
+from xcalib.collect.shared_units import SharedUnits
 from xcalib.collect.units import Units
 from xcalib.errors import CurvesError, RankError
 from xcalib.progress import Progress, silent
@@ -51,7 +52,7 @@ class Shares:
         ranks: that share it.
     """
 
-    units: Units | None = None
+    units: Units | SharedUnits | None = None
     progress: Progress = silent
     ranks: Ranks = ALONE
 

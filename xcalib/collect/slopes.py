@@ -15,6 +15,7 @@ from xcalib.kernels.reference import block_levels
 from xcalib.kernels.slopes import sweep_slopes
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.logits import LogitHead, sampled_positions
+from xcalib.models.shards import head_shards
 from xcalib.models.structure import decoder_of
 
 __all__ = ["SlopeMeter", "Slopes"]
@@ -42,6 +43,7 @@ class SlopeMeter:
         self._settings = settings
         self._rows = {layer: row for row, layer in enumerate(layers)}
         self._head = LogitHead(model)
+        self._shards = head_shards(model)
 
     def measure(self, tokens: torch.Tensor, levels: np.ndarray, dense: torch.Tensor) -> Slopes:
         """Run a sample with every head at its level.
@@ -57,7 +59,9 @@ class SlopeMeter:
             row = self._rows.get(call.layer)
             if call.dense_reason is not None or row is None:
                 return None
-            return self._attend(call, torch.as_tensor(levels[row], device=call.query.device), found)
+            return self._attend(
+                call, self._shards.own(torch.as_tensor(levels[row]), call.query.shape[1]).to(call.query.device), found
+            )
 
         with patch_attention(self._model, compute, gradients=True), differentiable(self._model):
             hidden = decoder_of(self._model)(input_ids=tokens[None], use_cache=False)[0][0]
@@ -85,7 +89,7 @@ class SlopeMeter:
             slopes = sweep_slopes(
                 query, key, value, gradient, level, len(settings.grid), block_size=size, scale=call.scale
             )
-            found[call.layer] = slopes.cpu().numpy()
+            found[call.layer] = self._shards.all(slopes).cpu().numpy()
 
         output.register_hook(hook)  # of what is computed again in the backward pass, none is called
         return output

@@ -18,6 +18,7 @@ from xcalib.evaluation.timing import Stopwatch
 from xcalib.evaluation.uniform import UniformPoint, uniform_at
 from xcalib.kernels import visible_blocks
 from xcalib.models.logits import LogitHead, sampled_positions
+from xcalib.models.placement import input_device, run_devices
 from xcalib.models.sparse import SparseAttention, SparsePlan
 from xcalib.profile import Profile
 from xcalib.progress import Progress, silent
@@ -176,10 +177,9 @@ def _evaluate_sample(
     every: int,
     advance: Any,
 ) -> SampleResult:
-    device = next(model.parameters()).device
-    tokens = torch.tensor(sample.tokens, device=device)
+    tokens = torch.tensor(sample.tokens, device=input_device(model))
     asks = bool(sample.answers) and tokenizer is not None
-    watch = Stopwatch(device)
+    watch = Stopwatch(run_devices(model))
     compared = sampled_positions(every)
     accuracy, hidden = [], []
     with watch:
@@ -216,12 +216,13 @@ def answer_score(model: Any, head: LogitHead, prefill: Any, sample: Sample, toke
     stop = getattr(model.generation_config, "eos_token_id", None)
     stops = set(stop) if isinstance(stop, list) else {stop}
     generated: list[int] = []
+    device = input_device(model)
     logits, cache = head.logits(prefill.hidden[-1:])[0], prefill.cache
     for _ in range(sample.max_new_tokens):
         token = int(logits.argmax())
         if token in stops:
             break
         generated.append(token)
-        output = model(input_ids=torch.tensor([[token]], device=logits.device), past_key_values=cache, use_cache=True)
+        output = model(input_ids=torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True)
         logits, cache = output.logits[0, -1], output.past_key_values
     return score(sample, tokenizer.decode(generated, skip_special_tokens=True))

@@ -1,6 +1,7 @@
 """Wall time of work that may run on a GPU."""
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -9,16 +10,16 @@ __all__ = ["Stopwatch"]
 
 
 class Stopwatch:
-    """Each ``with`` block adds its seconds to :attr:`laps`, the device's queue drained before and after."""
+    """Each ``with`` block adds its seconds to :attr:`laps`, the devices' queues drained before and after."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = [device for device in devices if device.type == "cuda"]
         self._started = 0.0
         self.laps: list[float] = []
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for device in self._devices:
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def __enter__(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from xcalib.errors import ModelError
+from xcalib.models.spread import offload_folder, offload_map, spread_arguments, tensor_parallel_arguments
 
 __all__ = ["LoadedModel", "load_config", "load_model", "load_tokenizer"]
 
@@ -25,7 +26,14 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    device_map: str | None = None,
+    offload: bool = False,
+    tp_plan: str | None = None,
 ) -> LoadedModel:
     """Load a causal language model in evaluation mode.
 
@@ -35,22 +43,39 @@ def load_model(
         dtype: ``float32``, ``float16``, ``bfloat16``, or ``auto``: the checkpoint's on a GPU, float32 on a CPU (where half
             precision is slower and less exact).
         trust_remote_code: allow code from the model's repository to run.
+        device_map: spread the model over devices with accelerate, as transformers' argument of this name: ``auto``,
+            ``balanced``, ``balanced_low_0``, ``sequential``, or a JSON object from module names to devices.
+        offload: leave the decoder's layers in the checkpoint, to be read when they are needed
+            (:func:`xcalib.models.spread.offload_map`).
+        tp_plan: ``auto``: shard heads and weights over the ranks of the process group that ``torchrun`` started, by the
+            model's own tensor-parallel plan.
 
     Raises:
-        ModelError: the model is missing or cannot be loaded.
+        ModelError: the model is missing or cannot be loaded, or not in that way.
     """
     from transformers import AutoModelForCausalLM
 
     arguments = _source(name)
+    if device_map is not None and (device is not None or offload):
+        raise ModelError("device_map goes neither with device nor with offload: give one of them")
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = AutoModelForCausalLM.from_pretrained(
+        how: dict[str, Any] = {
             **arguments,
-            dtype=_dtype(dtype, target, arguments),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if "gguf_file" in arguments else True,  # older weights are pickles
-        )
-        model = model.to(target).eval()
+            "dtype": _dtype(dtype, target, arguments),
+            "trust_remote_code": trust_remote_code,
+            "use_safetensors": None if "gguf_file" in arguments else True,  # older weights are pickles
+        }
+        if offload:
+            how |= {"device_map": offload_map(name, target, arguments, trust_remote_code)}
+        elif device_map is not None:
+            how |= spread_arguments(device_map)
+        elif tp_plan is not None:
+            how |= tensor_parallel_arguments(tp_plan)
+        with offload_folder(needed="device_map" in how) as (folder, keep):
+            model = AutoModelForCausalLM.from_pretrained(**how, **folder)
+            keep(model)
+        model = (model if device_map or offload or tp_plan else model.to(target)).eval()
     except ModelError:
         raise
     except Exception as error:  # damaged files and foreign code raise anything

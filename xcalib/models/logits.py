@@ -82,7 +82,7 @@ class LogitHead:
         if not bool(hidden.isfinite().all()):
             raise ModelError(f"{type(self._model).__name__}: the last hidden states hold NaN or infinite numbers")
         own, ours = output.logits[0, -1].float(), self.logits(hidden[-1:])[0]
-        if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
+        if not torch.allclose(own, ours.to(own.device), rtol=1e-2, atol=1e-2 * float(own.abs().max())):
             raise ModelError(
                 f"{type(self._model).__name__}: its logits are not its output embedding's; this head is not supported"
             )
@@ -112,8 +112,9 @@ class LogitHead:
         losses = dense.new_zeros((1 + len(variants), 0 if targets is None else len(targets)), dtype=torch.float32)
         for start in range(0, len(dense), self._chunk):
             rows = slice(start, start + self._chunk)
-            wanted = targets[rows, None] if targets is not None else None  # (n, 1), one less at the end
             reference = functional.log_softmax(self.logits(dense[rows]), dim=-1)  # (n, vocabulary)
+            # (n, 1), one less at the end; the head may be on another device than the tokens
+            wanted = targets[rows, None].to(reference.device) if targets is not None else None
             probability = reference.exp()
             if wanted is not None:
                 losses[0, rows] = -reference[: len(wanted)].gather(-1, wanted)[:, 0]

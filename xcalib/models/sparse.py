@@ -15,6 +15,7 @@ from xcalib.kernels.api import Backend, Order, Pattern, attend
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.tuning import crossover
 from xcalib.models.attention import AttentionCall, patch_attention
+from xcalib.models.shards import head_shards
 from xcalib.models.structure import describe_model
 
 __all__ = ["SparseAttention", "SparsePlan"]
@@ -121,6 +122,7 @@ class SparseAttention:
         """
         identity = describe_model(model)
         self._shape = (identity.layers, identity.query_heads)
+        self._shards = head_shards(model)
         self._backend = backend
         self._min_length = min_length
         self.reset_stats()
@@ -220,8 +222,9 @@ class SparseAttention:
             counts.kept_dense += visible
             self._reasons[str(reason)] = self._reasons.get(str(reason), 0) + 1
             return None
-        output, kept_blocks = self._attend(call, self._thresholds(call.query.device)[bin_index, call.layer])
-        kept = kept_blocks.sum((0, 2))  # int64 (Hq,)
+        thresholds = self._thresholds(call.query.device)[bin_index, call.layer]  # (Hq,)
+        output, kept_blocks = self._attend(call, self._shards.own(thresholds, call.query.shape[1]))
+        kept = self._shards.all(kept_blocks.sum((0, 2)))  # int64 (Hq,)
         counts.kept_sparse = kept if counts.kept_sparse is None else counts.kept_sparse.to(kept.device) + kept
         counts.sparse_calls += 1
         self._extrapolated += self._plan.is_beyond(k_len)
@@ -240,7 +243,7 @@ class SparseAttention:
             "layer kept dense by the profile": call.layer in plan.dense_layers,
             # A short chunk after a long past: its own blocks and the sink are most of what could be saved.
             "query shorter than a block": call.query.shape[2] < min(plan.block_size, call.key.shape[2]),
-            "layer with another number of heads": call.query.shape[1] != self._shape[1],
+            "layer with another number of heads": not self._shards.fits(call.query.shape[1]),
             "thresholds all 1": self._all_ones_is_dense and self._all_ones[bin_index][call.layer],
         }
         return next((reason for reason, applies in reasons.items() if applies), None)

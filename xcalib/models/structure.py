@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from xcalib.errors import ModelError
+from xcalib.models.placement import materialised, run_device
+from xcalib.models.shards import local_tensor
 from xcalib.profile import ModelIdentity
 
 __all__ = [
     "AttentionLayer",
     "attention_layers",
     "compact_projection",
+    "decoder_blocks",
     "decoder_of",
     "describe_model",
     "head_projection",
@@ -110,17 +113,39 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return [found[index] for index in sorted(found)]
 
 
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of a decoder's blocks (``model.layers``), all of them in order, and its path in the model.
+
+    Raises:
+        ModelError: as :func:`attention_layers`, or the blocks of the attention layers are in no such list, or not in order.
+    """
+    layers = attention_layers(model)
+    paths = {module: path for path, module in model.named_modules()}
+    path = paths[layers[0].block].rpartition(".")[0]
+    blocks = model.get_submodule(path)
+    if not isinstance(blocks, nn.ModuleList) or any(
+        layer.index >= len(blocks) or blocks[layer.index] is not layer.block for layer in layers
+    ):
+        raise ModelError(
+            f"{type(model).__name__}: its layers are not one list in order; such a structure cannot be taken layer by layer"
+        )
+    return path, blocks
+
+
 def head_projection(layer: AttentionLayer, query_heads: int) -> torch.Tensor:
-    """W_o by head: fp32 ``(query_heads, head_dim, hidden)``, whatever the projection's class (quantised ones included)."""
+    """W_o by head: fp32 ``(query_heads, head_dim, hidden)``, whatever the projection's class (quantised ones included) and
+    wherever its weights are kept; of a tensor-parallel model those of this rank's heads."""
     output = layer.output
     with torch.no_grad():
         if isinstance(output, nn.Linear) and output.weight.is_floating_point():
-            weight = output.weight.float().T  # (Hq * D, hidden)
+            with materialised(output):
+                weight = local_tensor(output.weight).float().T  # (Hq * D, hidden)
+            query_heads = query_heads * len(weight) // output.weight.shape[1]
         else:
             parameter = next(output.parameters())
             width = query_heads * int(layer.attention.head_dim)  # type: ignore[arg-type]  # an int attribute of the module
             dtype = parameter.dtype if parameter.is_floating_point() else torch.get_default_dtype()
-            probe = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(parameter.device, dtype)
+            probe = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(run_device(output), dtype)
             answer = output(probe).float()
             weight = answer[1:] - answer[:1]  # what a bias adds goes out again
     return weight.unflatten(0, (query_heads, -1)).contiguous()

@@ -11,6 +11,7 @@ from xcalib.data import SampleSet
 from xcalib.errors import DataError
 from xcalib.kernels import visible_blocks
 from xcalib.models.logits import LogitHead, sampled_positions
+from xcalib.models.placement import input_device
 from xcalib.models.sparse import SparseAttention, SparsePlan
 
 __all__ = ["Figures", "Meter"]
@@ -64,7 +65,7 @@ class Meter:
         """
         self._model, self._plan, self._bin, self._every = model, plan, bin_index, every
         self._head = LogitHead(model)
-        self._device = next(model.parameters()).device
+        self._device = input_device(model)
         self._tokens = [torch.tensor(sample.tokens) for sample in samples.samples]
         self._dense: dict[int, torch.Tensor] = {}
         self._known: dict[tuple[int, bytes], tuple[float, float]] = {}

@@ -83,6 +83,7 @@ def search(
     force: bool = False,
     adjust: Callable[[Profile, Sequence[Curves]], Profile] | None = None,
     save: Callable[[Profile], object] | None = None,
+    offload: bool = False,
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> Profile:
@@ -113,6 +114,7 @@ def search(
         adjust: changes what was found before it is measured on held-out data, as a refinement does.
         save: gets the profile before finished measurements are removed from ``folder``, so that a search that is killed before
             the profile is on disk repeats nothing; of several ranks, rank 0 calls it.
+        offload: measure the curves layer by layer, as :func:`xcalib.collect.collect`.
         progress: draws the work.
         ranks: processes that share the samples of every measurement, as in :func:`xcalib.collect.collect`; all get the profile.
 
@@ -135,8 +137,8 @@ def search(
             settings = measuring(settings or CollectSettings(), objective)
             refuse_unreachable(targets, sets, settings.block_size)
             measured = collect_lengths(
-                model, sets, root / "curves", settings=settings, name=name, resume=resume, progress=progress,
-                ranks=ranks,
+                model, sets, root / "curves", settings=settings, name=name, resume=resume, offload=offload,
+                progress=progress, ranks=ranks,
             )  # fmt: skip
         again = Rounds(rounds if method == "knapsack" else 0, sets, measured, root / "rounds", ranks)
         drops = DropMeters(model, tokenizer, root / "drop", progress, ranks)

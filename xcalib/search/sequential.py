@@ -22,6 +22,7 @@ from xcalib.collect.shares import Advance, Arrays, Shares
 from xcalib.collect.slopes import SlopeMeter
 from xcalib.data import SampleSet
 from xcalib.models.logits import LogitHead, sampled_positions
+from xcalib.models.placement import input_device
 from xcalib.profile import SearchRound
 from xcalib.search.knapsack import knapsack, knapsack_min_cost
 from xcalib.search.plan import Planned, Tables
@@ -231,7 +232,7 @@ class Sequential:
         return np.array([float(unit["kl"][0]) for unit in self._each(what, "kl", levels, measure)])
 
     def _tokens(self, index: int) -> torch.Tensor:
-        return torch.tensor(self._samples.samples[index].tokens, device=next(self._model.parameters()).device)
+        return torch.tensor(self._samples.samples[index].tokens, device=input_device(self._model))
 
     def _dense_hidden(self, index: int) -> torch.Tensor:
         """The dense model's last hidden states at the compared positions, ``(positions, hidden)``; kept."""
