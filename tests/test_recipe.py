@@ -62,6 +62,7 @@ OTHER: dict[str, Any] = {
     "curves": "some/curves",
     "work": "some/work",
     "device": "cpu",
+    "device_map": "auto",
     "dtype": "bfloat16",
 }
 
