@@ -123,7 +123,17 @@ def test_a_killed_rank_is_named_and_any_number_goes_on(here: Path, expected: Pat
 def test_search_in_several_processes_gives_the_same_profile(here: Path, run: Run) -> None:
     search = [
         *("search", "tiny", "--data", "builtin", "--num-samples", "3", "--max-length", "448", "--block-size", "64"),
-        *("--target", "a:density=0.7", "--rounds", "1", "--heldout-samples", "1", "--force", "--pattern", "antidiagonal"),
+        *(
+            "--target",
+            "a:density=0.7",
+            "--rounds",
+            "1",
+            "--heldout-samples",
+            "1",
+            "--force",
+            "--pattern",
+            "antidiagonal",
+        ),
     ]
     code, _, err = run(*search, "--out", "one.yaml", "--work", "one")
     assert code == 0, err

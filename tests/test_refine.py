@@ -28,7 +28,12 @@ from xcalib.search._meter import Figures, Meter
 from xcalib.search._space import price_space
 
 SETTINGS = CollectSettings(
-    stride=8, block_size=64, grid=(0.0, 0.4, 0.55, 0.65, 0.75, 0.85, 0.95, 1.0), gain_samples=1, order="score"
+    stride=8,
+    block_size=64,
+    grid=(0.0, 0.4, 0.55, 0.65, 0.75, 0.85, 0.95, 1.0),
+    gain_samples=1,
+    order="score",
+    pattern="antidiagonal",
 )
 REFINEMENT, VALIDATION = 300, 310  # tokens of a sample: how the fake measurements below tell the two sets apart
 
