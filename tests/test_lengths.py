@@ -36,7 +36,9 @@ from xcalib.search import CalibrationData, build_profile, judge, parse_targets
 from xcalib.search.lengths import length_bins
 
 Build = Callable[..., Any]
-SETTINGS = CollectSettings(block_size=64, grid=(0.0, 0.4, 0.55, 0.65, 0.75, 1.0), gain_samples=1)
+SETTINGS = CollectSettings(
+    block_size=64, grid=(0.0, 0.4, 0.55, 0.65, 0.75, 1.0), gain_samples=1, pattern="antidiagonal"
+)
 BINS = [(192, 363), (363, 513)]  # of 256 and 512 tokens: three quarters of 256, and sqrt(256 x 512) = 362.04
 
 

@@ -176,7 +176,7 @@ def test_what_was_started_before_there_were_measures_is_resumed(
     ("change", "said"),
     [
         (lambda arrays: arrays.pop("fisher"), r"damaged curves \(KeyError: 'fisher'\)"),
-        (lambda arrays: arrays.update(mass=arrays["mass"][..., :-1]), r"\(mass must be finite, not negative"),
+        (lambda arrays: arrays.update(mass=arrays["mass"][..., :-1]), r"mass must be finite, not negative and of F64"),
         (lambda arrays: arrays.update(mass=-arrays["mass"]), r"\(mass must be finite, not negative"),
         (lambda arrays: arrays.update(fisher=arrays["fisher"] * np.nan), r"\(fisher must be finite, not negative"),
     ],

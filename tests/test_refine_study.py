@@ -258,12 +258,15 @@ def test_a_worker_killed_among_others_costs_nothing(journal: str) -> None:
 def test_a_live_worker_keeps_its_trial(journal: str) -> None:
     """Stopped, even: it holds its trial until it is dead, and then the other takes it over."""
     opened(journal)
-    first = FORK.Process(target=work, args=(journal, 1, lambda _step: time.sleep(60)))
+    inside = FORK.Event()  # its trial, and not writing to the journal: stopped there, it would hold the file's lock
+
+    def hold(_step: int) -> None:
+        inside.set()
+        time.sleep(60)
+
+    first = FORK.Process(target=work, args=(journal, 1, hold))
     first.start()
-    deadline = time.monotonic() + 60
-    while not any(trial.intermediate_values or trial.params for trial in opened(journal).trials):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert inside.wait(60)
     assert first.pid is not None
     os.kill(first.pid, signal.SIGSTOP)
     second = FORK.Process(target=work, args=(journal, 1))
