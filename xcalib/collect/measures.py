@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import CollectSettings
 from xcalib.collect.fisher import FisherMeter, square_roots
 from xcalib.collect.measure import each_layer
@@ -31,11 +32,19 @@ class Measures:
         settings: of the collection.
         unit: gives a unit by its name: from disk, or measured and kept; then what advances the progress, and by how much.
         progress: draws the work.
+        chunks: heads that are measured at a time.
     """
 
     def __init__(
-        self, model: Any, samples: Sequence[torch.Tensor], settings: CollectSettings, unit: Unit, progress: Progress
+        self,
+        model: Any,
+        samples: Sequence[torch.Tensor],
+        settings: CollectSettings,
+        unit: Unit,
+        progress: Progress,
+        chunks: HeadChunks | None = None,
     ) -> None:
+        self._chunks = chunks or HeadChunks()
         self._model = model
         self._samples = samples
         self._settings = settings
@@ -50,7 +59,7 @@ class Measures:
         Raises:
             ModelError: gradients are not finite.
         """
-        meter = FisherMeter(self._model, self._settings)
+        meter = FisherMeter(self._model, self._settings, self._chunks)
 
         def gradients(index: int, advance: Advance) -> Arrays:
             # seeds of their own: samples may begin with the same tokens
@@ -73,20 +82,23 @@ class Measures:
         settings = self._settings
         grid = torch.tensor(settings.grid, dtype=torch.float64)
 
-        def dropped(call: AttentionCall) -> torch.Tensor:
+        def dropped(part: AttentionCall, _heads: slice) -> torch.Tensor:
             return dropped_mass(
-                call.query,
-                call.key,
+                part.query,
+                part.key,
                 grid,
                 stride=settings.stride,
                 block_size=settings.block_size,
-                scale=call.scale,
+                scale=part.scale,
                 pattern=settings.pattern,
                 order=settings.order,
             )
 
+        def of_call(call: AttentionCall) -> torch.Tensor:
+            return torch.cat(self._chunks.map(call, dropped))
+
         def mass(index: int, advance: Advance) -> Arrays:
-            return {"mass": each_layer(self._model, self._samples[index], layers, dropped, advance)}
+            return {"mass": each_layer(self._model, self._samples[index], layers, of_call, advance)}
 
         return np.stack([unit["mass"] for unit in self._each("mass", "attention mass", mass, len(layers))])
 

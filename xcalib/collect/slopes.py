@@ -1,6 +1,6 @@
 """With all layers sparse at once: the KL, and how it would change, to first order, with any head's threshold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,9 @@ import torch
 from torch.nn import functional
 
 from xcalib.collect.backward import differentiable, gradient_by_chunks, masked_attention
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import CollectSettings
+from xcalib.errors import NonFiniteError
 from xcalib.kernels import estimate_blocks
 from xcalib.kernels.geometry import Geometry
 from xcalib.kernels.reference import block_levels
@@ -37,8 +39,11 @@ class Slopes:
 class SlopeMeter:
     """Measures slopes on one model: one sparse forward pass, one backward pass, and in it a pass over each layer's blocks."""
 
-    def __init__(self, model: Any, settings: CollectSettings, layers: tuple[int, ...]) -> None:
+    def __init__(
+        self, model: Any, settings: CollectSettings, layers: tuple[int, ...], chunks: HeadChunks | None = None
+    ) -> None:
         self._model = model
+        self._chunks = chunks or HeadChunks()
         self._settings = settings
         self._rows = {layer: row for row, layer in enumerate(layers)}
         self._head = LogitHead(model)
@@ -69,26 +74,47 @@ class SlopeMeter:
     def _attend(self, call: AttentionCall, levels: torch.Tensor, found: dict[int, np.ndarray]) -> torch.Tensor:
         """Sparse attention that gradients pass through; the one that arrives at its output is turned into slopes."""
         settings, size = self._settings, self._settings.block_size
-        query, key, value = (tensor.detach() for tensor in (call.query, call.key, call.value))
-        scores = estimate_blocks(
-            query, key, stride=settings.stride, block_size=size, scale=call.scale, pattern=settings.pattern
-        )
-        grid = torch.tensor(settings.grid, dtype=torch.float64, device=query.device)
-        geometry = Geometry(query.shape[2], key.shape[2], size, True)
-        level = block_levels(scores, grid, geometry, settings.order)  # (B, Hq, nq, nk)
+        detached = replace(call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach())
+        level = torch.cat(self._chunks.map(detached, self._levels), 1)  # (B, Hq, nq, nk)
         mask = level <= levels[:, None, None]
-        output = masked_attention(call.query, call.key, call.value, mask, block_size=size, scale=call.scale)
+
+        def attend(part: AttentionCall, heads: slice) -> torch.Tensor:
+            tensors = (part.query, part.key, part.value, mask[:, heads])
+            return masked_attention(*tensors, block_size=size, scale=part.scale)
+
+        output = torch.cat(self._chunks.map(call, attend), 1)  # (B, Hq, length, D)
         if not output.requires_grad:  # the first layer: nothing before it asks for gradients
             output.requires_grad_(True)
 
         def hook(gradient: torch.Tensor) -> None:
-            slopes = sweep_slopes(
-                query, key, value, gradient, level, len(settings.grid), block_size=size, scale=call.scale
-            )
-            found[call.layer] = slopes.cpu().numpy()
+            if not bool(gradient.isfinite().all()):
+                name = type(self._model).__name__
+                raise NonFiniteError(f"layer {call.layer} of {name}: the gradient at its attention holds NaN or infinite numbers")
+
+            def slopes(part: AttentionCall, heads: slice) -> torch.Tensor:
+                tensors = (part.query, part.key, part.value, gradient[:, heads], level[:, heads])
+                return sweep_slopes(*tensors, len(settings.grid), block_size=size, scale=part.scale)
+
+            found[call.layer] = torch.cat(self._chunks.map(detached, slopes)).cpu().numpy()
 
         output.register_hook(hook)  # of what is computed again in the backward pass, none is called
         return output
+
+    def _levels(self, call: AttentionCall, _heads: slice) -> torch.Tensor:
+        """The first threshold that keeps each block, ``(batch, q_heads, q_blocks, k_blocks)``; bytes where they can count it."""
+        settings = self._settings
+        scores = estimate_blocks(
+            call.query,
+            call.key,
+            stride=settings.stride,
+            block_size=settings.block_size,
+            scale=call.scale,
+            pattern=settings.pattern,
+        )
+        grid = torch.tensor(settings.grid, dtype=torch.float64, device=call.query.device)
+        geometry = Geometry(call.query.shape[2], call.key.shape[2], settings.block_size, True)
+        level = block_levels(scores, grid, geometry, settings.order)
+        return level.to(torch.uint8) if len(grid) < 256 else level  # kept for every layer until the backward pass
 
     def _kl_gradient(self, dense: torch.Tensor, hidden: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Mean KL over positions, and its gradient with respect to ``hidden`` ``(positions, hidden)``."""

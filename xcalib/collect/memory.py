@@ -1,0 +1,323 @@
+"""How much memory measuring takes at its peak, from plain numbers: no model is needed, and nothing is run.
+
+docs/memory.md has the formulas and what each part grows with. They count tensors: the weights, what one layer works on, and what
+is kept for later; not the interpreter, its libraries or a device's context.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from xcalib.errors import MemoryLimitError
+
+__all__ = ["PHASES", "Peak", "Phase", "Workload", "largest_peak", "most_heads", "predict_peak"]
+
+Phase = Literal["sweep", "gains", "joint", "slopes", "gradients", "mass", "evaluate"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+FLOAT, DOUBLE, LONG = 4, 8, 8  # bytes
+POSITIONS = 256  # whose logits exist at a time
+LOGITS = 5  # fp32 arrays of that many positions and the vocabulary: two logits, two log-softmaxes, a probability
+SLOPE_ROWS = 256  # queries whose slopes are taken at a time
+ATTENTION_ROWS = 512  # queries whose attention is computed again at a time in a backward pass
+ORDERING = 44  # bytes for every block score while its level is found: five int64 arrays and the score
+TRITON_BLOCKS, TRITON_PROJECTED, TRITON_SCRATCH, TRITON_LSE = 2**24, 2**28, 2**30, 2**30  # bounds of the kernels' own
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A decoder and the sample that it is measured on, in plain numbers.
+
+    Attributes:
+        layers: decoder blocks, all of them attending.
+        query_heads: of each layer.
+        kv_heads: of each layer.
+        head_dim: of each head (D).
+        hidden: width of the residual stream.
+        intermediate: width of the MLP; of a mixture, that of all experts that a token visits.
+        vocabulary: logits of a position.
+        weight_bytes: of all parameters and buffers.
+        length: tokens of the longest sample.
+        element: bytes of an activation, 2 or 4.
+        samples: of one set.
+        block_size: tokens per block (B).
+        levels: thresholds of the grid.
+        every: KLs are taken at every such position.
+        allocations: joint densities.
+        plans: thresholds that an evaluation compares.
+        asking: whether an evaluation's samples ask something: their caches are kept.
+        triton: whether the Triton kernels run, not the reference.
+        host: whether the device's memory is the host's.
+    """
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    weight_bytes: int
+    length: int
+    element: int = 4
+    samples: int = 1
+    block_size: int = 128
+    levels: int = 28
+    every: int = 7
+    allocations: int = 3
+    plans: int = 3
+    asking: bool = False
+    triton: bool = False
+    host: bool = True
+
+    @property
+    def block_pairs(self) -> int:
+        """Entries of one head's block scores."""
+        return (-(-self.length // self.block_size)) ** 2
+
+    @property
+    def stream(self) -> int:
+        """Bytes of one activation of every token, ``(length, hidden)``."""
+        return self.element * self.length * self.hidden
+
+    @property
+    def heads(self) -> int:
+        """Bytes of all queries, ``(query_heads, length, head_dim)``."""
+        return self.element * self.length * self.query_heads * self.head_dim
+
+    @property
+    def key_values(self) -> int:
+        """Bytes of one layer's keys and values."""
+        return 2 * self.element * self.length * self.kv_heads * self.head_dim
+
+    @property
+    def compared(self) -> int:
+        """Positions at which KLs are taken."""
+        return self.length // self.every
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at the worst moment of a phase.
+
+    Attributes:
+        phase: what runs.
+        weights: of the model.
+        activations: what the decoder itself works on in one layer.
+        working: what measuring works on in one layer: with some key/value heads at a time it is less.
+        kept: for later, of all layers of the sample in work.
+        logits: of a few positions.
+        host: on the host, of all samples; part of ``total`` where the device's memory is the host's.
+        total: on the device.
+    """
+
+    phase: Phase
+    weights: int
+    activations: int
+    working: int
+    kept: int
+    logits: int
+    host: int
+    total: int
+
+
+def predict_peak(load: Workload, phase: Phase, heads: int | None = None) -> Peak:
+    """The peak of one phase.
+
+    Args:
+        load: the decoder and its samples.
+        phase: ``sweep``: all thresholds of all layers; ``gains``: layers switched one by one; ``joint``: all layers at once;
+            ``slopes``: a round's backward pass; ``gradients`` and ``mass``: what two objectives need; ``evaluate``.
+        heads: key/value heads that measuring works on at a time; None for all.
+
+    Raises:
+        ValueError: there is no such phase, or ``heads`` is not 1 to ``load.kv_heads``.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase is {phase!r}, expected one of {PHASES}")
+    if heads is not None and not 1 <= heads <= load.kv_heads:
+        raise ValueError(f"heads is {heads}, expected 1 to {load.kv_heads}, the key/value heads")
+    chosen = heads or load.kv_heads
+    moments = {
+        "sweep": _sweep,
+        "gains": _gains,
+        "joint": _joint,
+        "slopes": _slopes,
+        "gradients": _gradients,
+        "mass": _mass,
+        "evaluate": _evaluate,
+    }[phase](load, chosen)
+    activations, working, kept, logits = max(moments, key=sum)
+    host = 0 if phase == "evaluate" else FLOAT * load.samples * load.compared * load.hidden
+    total = load.weight_bytes + activations + working + kept + logits + (host if load.host else 0)
+    return Peak(phase, load.weight_bytes, activations, working, kept, logits, host, total)
+
+
+def largest_peak(load: Workload, phases: Iterable[Phase], heads: int | None = None) -> Peak:
+    """The worst of several phases."""
+    return max((predict_peak(load, phase, heads) for phase in phases), key=lambda peak: peak.total)
+
+
+def most_heads(load: Workload, phases: Iterable[Phase], limit: int) -> int:
+    """As many key/value heads at a time as keep every phase's peak within ``limit`` bytes.
+
+    Raises:
+        MemoryLimitError: one head at a time is too much already.
+    """
+    names = tuple(phases)
+    for heads in range(load.kv_heads, 0, -1):
+        if largest_peak(load, names, heads).total <= limit:
+            return heads
+    worst = largest_peak(load, names, 1)
+    parts = {"weights": worst.weights, "one layer's activations": worst.activations, "measuring one head": worst.working}
+    parts |= {"kept between layers": worst.kept, "logits": worst.logits, "kept of all samples": worst.host * load.host}
+    said = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
+    raise MemoryLimitError(
+        f"{_size(limit)} are left for tensors, but a sample of {load.length:,} tokens needs {_size(worst.total)} even with one "
+        f"key/value head at a time ({said}): allow more with --max-memory, or lower --max-length, --num-samples or --dtype"
+    )
+
+
+Moment = tuple[int, int, int, int]  # activations, working, kept, logits
+
+
+def _rotation(load: Workload) -> int:
+    """Cosines and sines of every position."""
+    return 2 * load.element * load.length * load.head_dim
+
+
+def _attending(load: Workload) -> int:
+    """While a layer attends: the first hidden states, the residual, what is attended to, queries, keys and values."""
+    return 3 * load.stream + load.heads + load.key_values + _rotation(load)
+
+
+def _forward(load: Workload) -> int:
+    """The decoder's own peak: rotating queries, or the MLP."""
+    rotating = 3 * load.stream + 4 * load.heads + load.key_values + _rotation(load)
+    mlp = 4 * load.stream + 3 * load.element * load.length * load.intermediate + _rotation(load)
+    return max(rotating, mlp)
+
+
+def _query_heads(load: Workload, heads: int) -> int:
+    return heads * load.query_heads // load.kv_heads
+
+
+def _sweep(load: Workload, heads: int) -> list[Moment]:
+    # projections and results of all layers, fp32 and fp64 with int64
+    kept = load.layers * load.query_heads * (FLOAT * load.head_dim**2 + (DOUBLE + LONG) * load.levels)
+    queries = _query_heads(load, heads)
+    work = _triton_sweep(load, queries) if load.triton else _reference_sweep(load, queries, heads)
+    return [(_attending(load), work, kept, 0), (_forward(load), 0, kept, 0)]
+
+
+def _reference_sweep(load: Workload, queries: int, heads: int) -> int:
+    width = load.head_dim + 1  # of projected values and the mass
+    row = FLOAT * queries * load.length * (2 * load.block_size + width)  # logits, weights, and their products with the values
+    row += 7 * FLOAT * queries * load.levels * load.block_size * width
+    copies = FLOAT * load.length * load.head_dim * (heads + queries)  # keys, projected values
+    ordered = (FLOAT + LONG) * queries * load.block_pairs
+    return max(row + copies + ordered, ORDERING * queries * load.block_pairs)
+
+
+def _triton_sweep(load: Workload, queries: int) -> int:
+    part = min(queries, max(1, TRITON_BLOCKS // load.block_pairs), max(1, TRITON_PROJECTED // (load.length * load.head_dim)))
+    scores = FLOAT * queries * load.block_pairs
+    ordering = ORDERING * part * load.block_pairs
+    projected = load.element * load.length * load.head_dim * part + load.key_values // 2
+    return scores + max(ordering, projected + FLOAT * part * load.block_pairs + TRITON_SCRATCH)
+
+
+def _sparse(load: Workload) -> Moment:
+    """Sparse attention of one layer: scores, selection, output."""
+    if load.triton:
+        selecting = min(TRITON_LSE, FLOAT * load.query_heads * load.block_pairs * load.block_size // 16)
+        return (_attending(load), selecting + 2 * load.query_heads * load.block_pairs + load.heads, 0, 0)
+    return (_attending(load), ORDERING * load.query_heads * load.block_pairs + 2 * load.heads, 0, 0)
+
+
+def _logits(load: Workload, positions: int) -> int:
+    return LOGITS * FLOAT * min(POSITIONS, positions) * load.vocabulary
+
+
+def _with(moment: Moment, kept: int) -> Moment:
+    return (moment[0], moment[1], moment[2] + kept, moment[3])
+
+
+def _states(load: Workload, variants: int) -> int:
+    """Hidden states at the compared positions."""
+    return variants * load.element * load.compared * load.hidden
+
+
+def _gains(load: Workload, _heads: int) -> list[Moment]:
+    outputs = load.layers * load.stream  # of every block, so that a switched layer's predecessors need not run
+    states = _states(load, 1 + load.layers)
+    passes = [_with(moment, outputs + states) for moment in ((_forward(load), 0, 0, 0), _sparse(load))]
+    return [*passes, (0, 0, outputs + states, _logits(load, load.compared))]
+
+
+def _joint(load: Workload, _heads: int) -> list[Moment]:
+    states = _states(load, load.allocations)
+    passes = [_with(moment, states) for moment in ((_forward(load), 0, 0, 0), _sparse(load))]
+    return [*passes, (0, 0, states + _states(load, 1), _logits(load, load.compared))]
+
+
+def _mlp_backward(load: Workload) -> int:
+    """What a decoder block that is computed again keeps for its backward pass, and the gradients in work at its MLP."""
+    inner = 6 * load.element * load.length * load.intermediate
+    return 5 * load.stream + inner + load.key_values + _rotation(load)
+
+
+def _attention_backward(load: Workload) -> int:
+    """The same at its attention, without the mask: queries, repeated keys and values, the output, and gradients of all."""
+    return 4 * load.stream + 7 * load.heads + load.key_values + _rotation(load)
+
+
+def _slopes(load: Workload, heads: int) -> list[Moment]:
+    queries = _query_heads(load, heads)
+    levels = load.query_heads * load.block_pairs * (1 if load.levels < 2**8 else LONG)  # of one layer
+    kept = load.layers * (load.stream + load.heads + load.key_values + levels)
+    rows = min(SLOPE_ROWS, load.length)
+    chunk = 5 * FLOAT * queries * rows * load.length + 3 * DOUBLE * queries * rows * (load.levels + 1)
+    mask = (2 + load.element) * queries * min(ATTENTION_ROWS, load.length) * load.length  # what may be seen, as a number to add
+    return [
+        (2 * load.stream + 3 * load.heads + load.key_values + _rotation(load), chunk, kept, 0),
+        (_attention_backward(load), mask, kept, 0),
+        (_mlp_backward(load), 0, kept, 0),
+        (_attending(load), ORDERING * queries * load.block_pairs, kept, 0),
+        (2 * load.stream, 0, kept, _logits(load, load.compared)),
+    ]
+
+
+def _gradients(load: Workload, _heads: int) -> list[Moment]:
+    kept = load.layers * (load.stream + DOUBLE * load.query_heads * load.head_dim**2)
+    mask = (1 + load.element) * min(ATTENTION_ROWS, load.length) * load.length  # of all heads
+    return [
+        (_attention_backward(load), mask, kept, 0),
+        (_mlp_backward(load), 0, kept, 0),
+        (2 * load.stream, 0, kept, _logits(load, load.compared)),
+    ]
+
+
+def _mass(load: Workload, heads: int) -> list[Moment]:
+    queries = _query_heads(load, heads)
+    row = 2 * FLOAT * queries * load.block_size * load.length  # logits, weights
+    ordered = (FLOAT + LONG) * queries * load.block_pairs
+    return [
+        (_attending(load), max(row + ordered, ORDERING * queries * load.block_pairs), 0, 0),
+        (_forward(load), 0, 0, 0),
+    ]
+
+
+def _evaluate(load: Workload, _heads: int) -> list[Moment]:
+    kept = (1 + load.plans) * load.stream
+    if load.asking:
+        kept += 2 * load.layers * load.key_values  # of the dense model and of one plan
+    passes = [_with(moment, kept - load.stream) for moment in ((_forward(load), 0, 0, 0), _sparse(load))]
+    return [*passes, (0, 0, kept, _logits(load, load.length))]
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 2**10:.1f} KiB"
