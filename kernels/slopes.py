@@ -31,8 +31,8 @@ def sweep_slopes(
         key: ``(batch, k_heads, k_len, head_dim)``.
         value: like ``key``.
         gradient: of the loss with respect to the attention output, like ``query``.
-        level: int64 or uint8 ``(batch, q_heads, q_blocks, k_blocks)``, the first threshold that keeps each block, ``levels`` where none
-            does, as :func:`xcalib.kernels.reference.block_levels` gives it.
+        level: int64 or uint8 ``(batch, q_heads, q_blocks, k_blocks)``, the first threshold that keeps each block,
+            ``levels`` where none does, as :func:`xcalib.kernels.reference.block_levels` gives it.
         levels: thresholds of the grid.
         block_size: tokens per block (B).
         scale: factor of the dot product.

@@ -44,15 +44,17 @@ class NonFiniteError(ModelError):
     """Activations, gradients or logits hold NaN or infinite numbers; the message names the layer where it is known.
 
     Attributes:
+        reason: the message without the sample.
         sample: index in the set that was measured, None where it is not known.
     """
 
-    def __init__(self, message: str, sample: int | None = None) -> None:
-        super().__init__(message, sample)  # both, so that the error can be pickled
+    def __init__(self, reason: str, sample: int | None = None) -> None:
+        super().__init__(reason, sample)  # both, so that the error can be pickled
+        self.reason = reason
         self.sample = sample
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        return self.reason if self.sample is None else f"sample {self.sample}: {self.reason}"
 
 
 class MemoryLimitError(XcalibError):

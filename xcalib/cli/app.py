@@ -81,6 +81,8 @@ def collect(
     order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
     measure: opt.Measures = None,
+    max_memory: opt.MaxMemory = None,
+    skip_bad: opt.SkipBad = False,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
@@ -90,14 +92,16 @@ def collect(
     """Measure the curves of every head and the layer gains, and keep them for `xcalib search --curves`."""
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples, measure or ())
+    limit = opt.memory_limit(max_memory)
     loaded = opt.open_model(model, device, dtype, trust_remote_code)
     samples = opt.read_sets(
         data, loaded, tokens, num_samples=num_samples, min_length=min_length, seed=seed, split="calibration"
     )
     with resumable("run the same command with --resume"):
         sets = collect_lengths(
-            loaded.model, samples, out, settings=settings, name=model, resume=resume, progress=progress
-        )
+            loaded.model, samples, out, settings=settings, name=model, resume=resume, max_memory=limit, skip_bad=skip_bad,
+            progress=progress,
+        )  # fmt: skip
     report_curves(sets, out, as_json)
 
 
@@ -128,6 +132,7 @@ def evaluate(
     min_length: opt.MinLength = None,
     seed: opt.Seed = 0,
     work: Annotated[Path | None, typer.Option(help="Keep finished samples in this folder, for --resume.")] = None,
+    skip_bad: opt.SkipBad = False,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
@@ -170,8 +175,9 @@ def evaluate(
         units = Units(work, identity, resume=resume)
     with resumable("run the same command with --resume" if work else "give --work FOLDER to be able to --resume"):
         found = evaluate_plans(
-            loaded.model, samples, plans, tokenizer=loaded.tokenizer, lengths=tokens, units=units, progress=progress
-        )
+            loaded.model, samples, plans, tokenizer=loaded.tokenizer, lengths=tokens, units=units, skip_bad=skip_bad,
+            progress=progress,
+        )  # fmt: skip
     console.print(evaluation_table(found, f"{model}: dense against sparse, held out"))
     if found.by_length:
         console.print(evaluation_by_length(found))

@@ -71,6 +71,8 @@ def search(
     work: Annotated[
         Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
     ] = None,
+    max_memory: opt.MaxMemory = None,
+    skip_bad: opt.SkipBad = False,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
@@ -90,6 +92,7 @@ def search(
     """
     targets = parse_targets(target or [])
     opt.check_output(out, overwrite)
+    limit = opt.memory_limit(max_memory)
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     measured = load_curve_sets(curves) if curves else None
     if measured is not None:
@@ -135,7 +138,7 @@ def search(
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
                 rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
-                progress=progress, **chosen,
+                max_memory=limit, skip_bad=skip_bad, progress=progress, **chosen,
             )  # fmt: skip
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)

@@ -8,9 +8,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from xcalib.collect.budget import chunks_within, collect_phases
 from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, Measure, load_curves, save_curves
 from xcalib.collect.job import Job
 from xcalib.collect.lengths import labelled, load_curve_sets, measured_length, open_index, write_index
+from xcalib.collect.skipping import Skipping, UnitStore
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet, check_sets
 from xcalib.models.structure import describe_model
@@ -38,6 +40,8 @@ def collect(
     settings: CollectSettings | None = None,
     name: str | None = None,
     resume: bool = False,
+    max_memory: int | None = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
 ) -> Curves:
     """Measure a model's curves and layer gains, and save them.
@@ -52,20 +56,32 @@ def collect(
         settings: what is measured; default :class:`CollectSettings`.
         name: what the user calls the model.
         resume: go on with what ``folder`` holds.
+        max_memory: bytes that the peak is predicted to stay within (docs/memory.md): heads are measured fewer at a time, with the
+            same figures. On a CPU of the process, on a GPU of its tensors; None for no limit.
+        skip_bad: leave out samples that give numbers that are not finite, up to half of them, in place of an error.
         progress: draws the work.
 
     Raises:
         CurvesError: the folder cannot be used.
-        ModelError: the model cannot be measured, or its activations are not finite.
+        MemoryLimitError: no part of the work is small enough.
+        ModelError: the model cannot be measured.
+        NonFiniteError: activations are not finite, without ``skip_bad`` or in more than half of the samples.
     """
     settings = settings or CollectSettings()
     identity = describe_model(model, name)
+    chunks = chunks_within(model, (samples,), settings, collect_phases(settings), max_memory)
     units = Units(folder, _identity(identity.model_dump(), model, samples, settings), resume=resume)
     if resume and (units.folder / "curves.json").is_file():
         return load_curves(units.folder)
-    job = Job(model, identity.query_heads, samples, settings, units, progress)
-    curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
-    curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
+    skipping = Skipping(samples, units, allowed=skip_bad)
+
+    def measure(kept: SampleSet, store: UnitStore | None) -> Curves:
+        job = Job(model, identity.query_heads, kept, settings, store or units, progress, chunks)
+        curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
+        return dataclasses.replace(curves, calibration=_calibration(kept, settings, len(samples.samples)))
+
+    curves = skipping.run(measure)
+    curves = dataclasses.replace(curves, model=identity.model_dump(), skipped=tuple(sorted(skipping.reasons)))
     save_curves(curves, units.folder)
     units.discard()
     return curves
@@ -79,6 +95,8 @@ def collect_lengths(
     settings: CollectSettings | None = None,
     name: str | None = None,
     resume: bool = False,
+    max_memory: int | None = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
 ) -> tuple[Curves, ...]:
     """Measure a model at several lengths: a collection of its own, as :func:`collect` makes it, for each set of samples.
@@ -91,17 +109,28 @@ def collect_lengths(
         settings: what is measured, the same at every length.
         name: what the user calls the model.
         resume: go on with what ``folder`` holds.
+        max_memory: bytes that the peak is predicted to stay within (docs/memory.md): heads are measured fewer at a time, with the
+            same figures. On a CPU of the process, on a GPU of its tensors; None for no limit.
+        skip_bad: leave out samples that give numbers that are not finite, up to half of them, in place of an error.
         progress: draws the work.
 
     Raises:
         CurvesError: the folder cannot be used, or holds other lengths.
         DataError: as :func:`xcalib.data.check_sets`.
-        ModelError: the model cannot be measured, or its activations are not finite.
+        MemoryLimitError, ModelError, NonFiniteError: as :func:`collect`.
     """
-    options: dict[str, Any] = {"settings": settings, "name": name, "resume": resume}
+    options: dict[str, Any] = {
+        "settings": settings,
+        "name": name,
+        "resume": resume,
+        "max_memory": max_memory,
+        "skip_bad": skip_bad,
+    }
     if len(sets) == 1:
         return (collect(model, sets[0], folder, progress=progress, **options),)
     check_sets(sets)
+    chosen = settings or CollectSettings()
+    chunks_within(model, sets, chosen, collect_phases(chosen), max_memory)  # refused before the first length runs
     lengths = [samples.length for samples in sets]
     root = open_index(folder, lengths, resume=resume)
     curves = tuple(
@@ -127,8 +156,9 @@ def _identity(
     }
 
 
-def _calibration(samples: SampleSet, settings: CollectSettings) -> dict[str, Any]:
+def _calibration(samples: SampleSet, settings: CollectSettings, given: int) -> dict[str, Any]:
     lengths = [len(sample.tokens) for sample in samples.samples]
+    skipped = given - len(lengths)
     return {
         "sources": list(samples.specs),
         "samples": len(lengths),
@@ -140,4 +170,5 @@ def _calibration(samples: SampleSet, settings: CollectSettings) -> dict[str, Any
         "gain_samples": min(settings.gain_samples, len(lengths)),
         "dropped": dict(samples.dropped),
         "lengths": [samples.length],
+        **({"skipped": skipped} if skipped else {}),
     }

@@ -3,8 +3,7 @@
 import dataclasses
 import gc
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from xcalib.errors import MemoryLimitError, XcalibWarning
 from xcalib.models.attention import AttentionCall
 
-__all__ = ["HeadChunks", "explaining_memory", "is_out_of_memory"]
+__all__ = ["HeadChunks", "is_out_of_memory", "memory_error"]
 
 T = TypeVar("T")
 
@@ -25,18 +24,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("allocate memory" in said or "not enough memory" in said)
 
 
-@contextmanager
-def explaining_memory(what: str) -> Iterator[None]:
-    """Turn a failed allocation into one line that says at what it happened, and what to do."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        first = (str(error).strip().splitlines() or ["no more memory"])[0]
-        raise MemoryLimitError(
-            f"{what}: memory ran out ({first[:200]}): lower --max-length or --num-samples, or choose a smaller --dtype"
-        ) from error
+def memory_error(error: BaseException) -> MemoryLimitError | None:
+    """What a failed allocation means to the user, in one line; None for any other error."""
+    if not is_out_of_memory(error):
+        return None
+    first = (str(error).strip().splitlines() or ["no more memory"])[0]
+    return MemoryLimitError(
+        f"memory ran out ({first[:200]}): lower --max-length or --num-samples, or choose a smaller --dtype"
+    )
 
 
 class HeadChunks:
@@ -75,8 +70,8 @@ class HeadChunks:
         if self.heads != before and not self._said:
             self._said = True
             warnings.warn(
-                f"memory ran out at layer {call.layer} of a sample of {call.query.shape[2]:,} tokens: from here on {self.heads} of "
-                f"{count} key/value heads at a time, which gives the same figures",
+                f"memory ran out at layer {call.layer} of a sample of {call.query.shape[2]:,} tokens: from here on {self.heads} "
+                f"of {count} key/value heads at a time, which gives the same figures",
                 XcalibWarning,
                 stacklevel=2,
             )

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from xcalib.collect.allocate import TEMPER, allocate
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import CollectSettings, Curves
 from xcalib.collect.gains import GainMeter
 from xcalib.collect.measure import SampleCurves, Sweeper
 from xcalib.collect.measures import Measures
-from xcalib.collect.units import Units
+from xcalib.collect.skipping import UnitStore, of_sample
 from xcalib.data import SampleSet
 from xcalib.errors import CurvesError, ModelError
 from xcalib.progress import Progress
@@ -33,8 +34,9 @@ class Job:
         query_heads: int,
         samples: SampleSet,
         settings: CollectSettings,
-        units: Units,
+        units: UnitStore,
         progress: Progress,
+        chunks: HeadChunks,
     ) -> None:
         self._model = model
         self._heads = query_heads
@@ -42,12 +44,13 @@ class Job:
         self._settings = settings
         self._units = units
         self._progress = progress
+        self._chunks = chunks
         self._hidden: list[np.ndarray] = []  # of each sample, where gains are measured
 
     # Made when first used: a resumed collection may have nothing left for them.
     @cached_property
     def _sweeper(self) -> Sweeper:
-        return Sweeper(self._model, self._settings, self._heads)
+        return Sweeper(self._model, self._settings, self._heads, self._chunks)
 
     @cached_property
     def _meter(self) -> GainMeter:
@@ -74,8 +77,10 @@ class Job:
         for unit in done:
             self._hidden.append(unit["hidden"])
             reasons |= json.loads(bytes(unit["reasons"]))
-        sums = {key: np.stack([unit[key] for unit in done]) for key in ("error", "energy", "kept", "visible", "tokens")}
-        empty = {key: np.zeros(0) for key in ("gain", "gain_kl", "gain_error", "joint_sum", "joint_kl")}
+        sums: dict[str, Any] = {
+            key: np.stack([unit[key] for unit in done]) for key in ("error", "energy", "kept", "visible", "tokens")
+        }
+        empty: dict[str, Any] = {key: np.zeros(0) for key in ("gain", "gain_kl", "gain_error", "joint_sum", "joint_kl")}
         return Curves(self._settings, model={}, calibration={}, layers=layers, dense_reasons=reasons, **sums, **empty)
 
     def measure_gains(self, curves: Curves) -> Curves:
@@ -126,7 +131,7 @@ class Job:
         if not self._settings.measures:
             return curves
         tokens = [self._tokens(index) for index in range(len(self._samples.samples))]
-        others = Measures(self._model, tokens, self._settings, self._unit, self._progress)
+        others = Measures(self._model, tokens, self._settings, self._unit, self._progress, self._chunks)
         steps = {"fisher": others.fisher, "mass": others.mass}
         found: dict[str, Any] = {name: steps[name](curves.layers) for name in self._settings.measures}
         return dataclasses.replace(curves, **found)
@@ -135,20 +140,18 @@ class Job:
         return torch.tensor(self._samples.samples[index].tokens, device=next(self._model.parameters()).device)
 
     def _unit(self, name: str, measure: Callable[[], Arrays], advance: Callable[[int], None], steps: int) -> Arrays:
-        """A finished unit from disk, or measure it and keep it."""
+        """A finished unit from disk, or measure it and keep it; its name ends in the sample's index."""
         unit = self._units.load(name)
         if unit is None:
-            unit = measure()
+            with of_sample(int(name[-5:])):
+                unit = measure()
             self._units.save(name, unit)
         else:
             advance(steps)
         return unit
 
     def _sweep(self, index: int, advance: Callable[[int], None]) -> Arrays:
-        try:
-            return _as_unit(self._sweeper.measure(self._tokens(index), advance))
-        except ModelError as error:
-            raise ModelError(f"sample {index}: {error}") from error
+        return _as_unit(self._sweeper.measure(self._tokens(index), advance))
 
 
 def _as_unit(result: SampleCurves) -> Arrays:

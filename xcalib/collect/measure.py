@@ -11,7 +11,9 @@ from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import CollectSettings
 from xcalib.errors import ModelError, NonFiniteError
 from xcalib.kernels import SweepResult, sweep_thresholds, visible_blocks
+from xcalib.kernels.arguments import NonFiniteValueError
 from xcalib.models.attention import AttentionCall, patch_attention
+from xcalib.models.finite import hidden_state_error
 from xcalib.models.logits import sampled_positions
 from xcalib.models.structure import AttentionLayer, attention_layers, compact_projection, decoder_of, head_projection
 
@@ -62,7 +64,8 @@ class Sweeper:
         """Run int64 ``(length,)`` tokens once, densely, and sweep every layer on the way; ``advance`` is called per layer.
 
         Raises:
-            ModelError: activations are not finite, or no layer can be sparse.
+            NonFiniteError: activations are not finite.
+            ModelError: no layer can be sparse.
         """
         results: dict[int, Any] = {}
         energies: dict[int, float] = {}
@@ -83,7 +86,7 @@ class Sweeper:
             for hook in hooks:
                 hook.remove()
         if not bool(hidden.isfinite().all()):  # after the last attention, so no sweep has seen them
-            raise ModelError(f"{type(self._model).__name__}: the last hidden states hold NaN or infinite numbers")
+            raise hidden_state_error(self._model, tokens)
         compared = hidden[sampled_positions(self._settings.gain_every)].float().cpu().numpy()
         return self._gather(results, energies, reasons, len(tokens), compared)
 
@@ -91,9 +94,8 @@ class Sweeper:
         try:
             return sweep_call(call, self._projections[call.layer], self._settings, self._chunks)
         except ValueError as error:
-            raise ModelError(
-                f"layer {call.layer} of {type(self._model).__name__} cannot be measured: {error}"
-            ) from error
+            kind = NonFiniteError if isinstance(error, NonFiniteValueError) else ModelError
+            raise kind(f"layer {call.layer} of {type(self._model).__name__} cannot be measured: {error}") from error
 
     def _gather(
         self,

@@ -11,7 +11,6 @@ from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import CollectSettings
 from xcalib.collect.fisher import FisherMeter, square_roots
 from xcalib.collect.measure import each_layer
-from xcalib.errors import ModelError
 from xcalib.kernels.mass import dropped_mass
 from xcalib.models.attention import AttentionCall
 from xcalib.progress import Progress
@@ -30,7 +29,8 @@ class Measures:
         model: a transformers causal language model.
         samples: tokens of each, int64 ``(length,)``.
         settings: of the collection.
-        unit: gives a unit by its name: from disk, or measured and kept; then what advances the progress, and by how much.
+        unit: gives a unit by its name, which ends in the sample's index: from disk, or measured and kept, errors naming the
+            sample; then what advances the progress, and by how much.
         progress: draws the work.
         chunks: heads that are measured at a time.
     """
@@ -57,7 +57,7 @@ class Measures:
         The unit of a sample's gradients takes 8 bytes x layers x heads x head_dim^2: 134 MB with 32 layers of 32 heads of 128.
 
         Raises:
-            ModelError: gradients are not finite.
+            NonFiniteError: gradients are not finite.
         """
         meter = FisherMeter(self._model, self._settings, self._chunks)
 
@@ -106,7 +106,4 @@ class Measures:
         count = len(self._samples)
         with self._progress(f"Measuring {what} of {count} samples", count * steps) as advance:
             for index in range(count):
-                try:
-                    yield self._unit(f"{name}-{index:05d}", partial(measure, index, advance), advance, steps)
-                except ModelError as error:
-                    raise ModelError(f"sample {index}: {error}") from error
+                yield self._unit(f"{name}-{index:05d}", partial(measure, index, advance), advance, steps)

@@ -5,15 +5,11 @@ is kept for later; not the interpreter, its libraries or a device's context.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, get_args
 
+from xcalib.collect.workload import PHASES, Peak, Phase, Workload
 from xcalib.errors import MemoryLimitError
 
 __all__ = ["PHASES", "Peak", "Phase", "Workload", "largest_peak", "most_heads", "predict_peak"]
-
-Phase = Literal["sweep", "gains", "joint", "slopes", "gradients", "mass", "evaluate"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
 
 FLOAT, DOUBLE, LONG = 4, 8, 8  # bytes
 POSITIONS = 256  # whose logits exist at a time
@@ -22,103 +18,6 @@ SLOPE_ROWS = 256  # queries whose slopes are taken at a time
 ATTENTION_ROWS = 512  # queries whose attention is computed again at a time in a backward pass
 ORDERING = 44  # bytes for every block score while its level is found: five int64 arrays and the score
 TRITON_BLOCKS, TRITON_PROJECTED, TRITON_SCRATCH, TRITON_LSE = 2**24, 2**28, 2**30, 2**30  # bounds of the kernels' own
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A decoder and the sample that it is measured on, in plain numbers.
-
-    Attributes:
-        layers: decoder blocks, all of them attending.
-        query_heads: of each layer.
-        kv_heads: of each layer.
-        head_dim: of each head (D).
-        hidden: width of the residual stream.
-        intermediate: width of the MLP; of a mixture, that of all experts that a token visits.
-        vocabulary: logits of a position.
-        weight_bytes: of all parameters and buffers.
-        length: tokens of the longest sample.
-        element: bytes of an activation, 2 or 4.
-        samples: of one set.
-        block_size: tokens per block (B).
-        levels: thresholds of the grid.
-        every: KLs are taken at every such position.
-        allocations: joint densities.
-        plans: thresholds that an evaluation compares.
-        asking: whether an evaluation's samples ask something: their caches are kept.
-        triton: whether the Triton kernels run, not the reference.
-        host: whether the device's memory is the host's.
-    """
-
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    weight_bytes: int
-    length: int
-    element: int = 4
-    samples: int = 1
-    block_size: int = 128
-    levels: int = 28
-    every: int = 7
-    allocations: int = 3
-    plans: int = 3
-    asking: bool = False
-    triton: bool = False
-    host: bool = True
-
-    @property
-    def block_pairs(self) -> int:
-        """Entries of one head's block scores."""
-        return (-(-self.length // self.block_size)) ** 2
-
-    @property
-    def stream(self) -> int:
-        """Bytes of one activation of every token, ``(length, hidden)``."""
-        return self.element * self.length * self.hidden
-
-    @property
-    def heads(self) -> int:
-        """Bytes of all queries, ``(query_heads, length, head_dim)``."""
-        return self.element * self.length * self.query_heads * self.head_dim
-
-    @property
-    def key_values(self) -> int:
-        """Bytes of one layer's keys and values."""
-        return 2 * self.element * self.length * self.kv_heads * self.head_dim
-
-    @property
-    def compared(self) -> int:
-        """Positions at which KLs are taken."""
-        return self.length // self.every
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Bytes at the worst moment of a phase.
-
-    Attributes:
-        phase: what runs.
-        weights: of the model.
-        activations: what the decoder itself works on in one layer.
-        working: what measuring works on in one layer: with some key/value heads at a time it is less.
-        kept: for later, of all layers of the sample in work.
-        logits: of a few positions.
-        host: on the host, of all samples; part of ``total`` where the device's memory is the host's.
-        total: on the device.
-    """
-
-    phase: Phase
-    weights: int
-    activations: int
-    working: int
-    kept: int
-    logits: int
-    host: int
-    total: int
 
 
 def predict_peak(load: Workload, phase: Phase, heads: int | None = None) -> Peak:
@@ -158,23 +57,32 @@ def largest_peak(load: Workload, phases: Iterable[Phase], heads: int | None = No
     return max((predict_peak(load, phase, heads) for phase in phases), key=lambda peak: peak.total)
 
 
-def most_heads(load: Workload, phases: Iterable[Phase], limit: int) -> int:
+def most_heads(load: Workload, phases: Iterable[Phase], limit: int, beyond: int = 0) -> int:
     """As many key/value heads at a time as keep every phase's peak within ``limit`` bytes.
+
+    Args:
+        load: the decoder and its samples.
+        phases: what will run.
+        limit: bytes allowed.
+        beyond: bytes taken by other than tensors, which count too.
 
     Raises:
         MemoryLimitError: one head at a time is too much already.
     """
     names = tuple(phases)
     for heads in range(load.kv_heads, 0, -1):
-        if largest_peak(load, names, heads).total <= limit:
+        worst = largest_peak(load, names, heads)
+        if worst.total + beyond <= limit:
             return heads
-    worst = largest_peak(load, names, 1)
-    parts = {"weights": worst.weights, "one layer's activations": worst.activations, "measuring one head": worst.working}
-    parts |= {"kept between layers": worst.kept, "logits": worst.logits, "kept of all samples": worst.host * load.host}
+    parts = {"Python and libraries": beyond, "weights": worst.weights, "one layer's activations": worst.activations}
+    parts |= {"measuring one head": worst.working, "kept from layer to layer": worst.kept, "logits": worst.logits}
+    parts["kept of all samples"] = worst.host if load.host else 0
     said = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
     raise MemoryLimitError(
-        f"{_size(limit)} are left for tensors, but a sample of {load.length:,} tokens needs {_size(worst.total)} even with one "
-        f"key/value head at a time ({said}): allow more with --max-memory, or lower --max-length, --num-samples or --dtype"
+        f"{_size(limit)} are allowed, but samples of {load.length:,} tokens need {_size(worst.total + beyond)} even with one "
+        f"key/value head at a time ({said}): raise --max-memory, or lower --max-length"
+        + (", --num-samples" if load.host else "")
+        + (" or choose --dtype bfloat16" if load.element > 2 else "")
     )
 
 
@@ -212,7 +120,9 @@ def _sweep(load: Workload, heads: int) -> list[Moment]:
 
 def _reference_sweep(load: Workload, queries: int, heads: int) -> int:
     width = load.head_dim + 1  # of projected values and the mass
-    row = FLOAT * queries * load.length * (2 * load.block_size + width)  # logits, weights, and their products with the values
+    row = (
+        FLOAT * queries * load.length * (2 * load.block_size + width)
+    )  # logits, weights, and their products with the values
     row += 7 * FLOAT * queries * load.levels * load.block_size * width
     copies = FLOAT * load.length * load.head_dim * (heads + queries)  # keys, projected values
     ordered = (FLOAT + LONG) * queries * load.block_pairs
@@ -220,7 +130,9 @@ def _reference_sweep(load: Workload, queries: int, heads: int) -> int:
 
 
 def _triton_sweep(load: Workload, queries: int) -> int:
-    part = min(queries, max(1, TRITON_BLOCKS // load.block_pairs), max(1, TRITON_PROJECTED // (load.length * load.head_dim)))
+    part = min(
+        queries, max(1, TRITON_BLOCKS // load.block_pairs), max(1, TRITON_PROJECTED // (load.length * load.head_dim))
+    )
     scores = FLOAT * queries * load.block_pairs
     ordering = ORDERING * part * load.block_pairs
     projected = load.element * load.length * load.head_dim * part + load.key_values // 2
@@ -278,7 +190,9 @@ def _slopes(load: Workload, heads: int) -> list[Moment]:
     kept = load.layers * (load.stream + load.heads + load.key_values + levels)
     rows = min(SLOPE_ROWS, load.length)
     chunk = 5 * FLOAT * queries * rows * load.length + 3 * DOUBLE * queries * rows * (load.levels + 1)
-    mask = (2 + load.element) * queries * min(ATTENTION_ROWS, load.length) * load.length  # what may be seen, as a number to add
+    mask = (
+        (2 + load.element) * queries * min(ATTENTION_ROWS, load.length) * load.length
+    )  # what may be seen, as a number to add
     return [
         (2 * load.stream + 3 * load.heads + load.key_values + _rotation(load), chunk, kept, 0),
         (_attention_backward(load), mask, kept, 0),

@@ -89,7 +89,9 @@ class SlopeMeter:
         def hook(gradient: torch.Tensor) -> None:
             if not bool(gradient.isfinite().all()):
                 name = type(self._model).__name__
-                raise NonFiniteError(f"layer {call.layer} of {name}: the gradient at its attention holds NaN or infinite numbers")
+                raise NonFiniteError(
+                    f"layer {call.layer} of {name}: the gradient at its attention holds NaN or infinite numbers"
+                )
 
             def slopes(part: AttentionCall, heads: slice) -> torch.Tensor:
                 tensors = (part.query, part.key, part.value, gradient[:, heads], level[:, heads])

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from xcalib.collect.skipping import Skipping, of_sample
 from xcalib.collect.units import Units
 from xcalib.data import Sample, SampleSet, pooled, score
-from xcalib.errors import DataError, ModelError
+from xcalib.errors import DataError, NonFiniteError
 from xcalib.evaluation.by_length import Bins, LengthResult, part_by_length
 from xcalib.evaluation.results import Evaluation, SampleResult, summarise
 from xcalib.evaluation.timing import Stopwatch
@@ -119,6 +120,7 @@ def evaluate_plans(
     every: int = 1,
     lengths: Sequence[int] = (),
     units: Units | None = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure the dense model and each plan on every sample.
@@ -131,10 +133,12 @@ def evaluate_plans(
         every: KL and losses are taken at every such position; odd, so that every place within a block has its turn.
         lengths: that samples were drawn at, in tokens, if several: the result has them apart.
         units: where finished samples are kept, so that an interrupted evaluation goes on.
+        skip_bad: leave out samples that give numbers that are not finite, up to half of them, in place of an error.
         progress: draws the work.
 
     Raises:
-        ModelError: hidden states are not finite or the model's head is not supported.
+        ModelError: the model's head is not supported.
+        NonFiniteError: hidden states or logits are not finite, without ``skip_bad`` or in more than half of the samples.
         DataError: ``every`` is even, or a sample is shorter.
     """
     shortest = min(len(sample.tokens) for sample in data.samples)
@@ -143,23 +147,29 @@ def evaluate_plans(
             f"every is {every}, expected an odd number of at most {shortest}, the tokens of the shortest sample"
         )
     head = LogitHead(model)
+    skipping = Skipping(data, units, allowed=skip_bad)
     results = []
     with progress(f"Evaluating {len(data.samples)} samples", len(data.samples) * (1 + len(plans))) as advance:
-        for index, sample in enumerate(data.samples):
+        for index in skipping.indices:
+            sample = data.samples[index]
             unit = units.load(f"evaluated-{index:05d}") if units else None
             if unit is None:
                 try:
-                    result = _evaluate_sample(model, head, sample, plans, tokenizer, every, advance)
-                except ModelError as error:
-                    raise ModelError(f"sample {index}: {error}") from error
+                    with of_sample(index):
+                        result = _evaluate_sample(model, head, sample, plans, tokenizer, every, advance)
+                except NonFiniteError as error:
+                    skipping.skip(index, error)
+                    continue
                 if units:
                     units.save(f"evaluated-{index:05d}", result.arrays())
             else:
                 result = SampleResult(**unit)
                 advance(1 + len(plans))
             results.append(result)
+    data = skipping.samples
     by_length = part_by_length(list(plans), results, data, _bins(plans), lengths)
-    return dataclasses.replace(summarise(list(plans), results, data), by_length=by_length)
+    found = summarise(list(plans), results, data)
+    return dataclasses.replace(found, by_length=by_length, skipped=len(skipping.reasons))
 
 
 def _bins(plans: Mapping[str, SparsePlan]) -> Bins:
@@ -224,4 +234,6 @@ def answer_score(model: Any, head: LogitHead, prefill: Any, sample: Sample, toke
         generated.append(token)
         output = model(input_ids=torch.tensor([[token]], device=logits.device), past_key_values=cache, use_cache=True)
         logits, cache = output.logits[0, -1], output.past_key_values
+        if bool(logits.isnan().any()):
+            raise NonFiniteError(f"{type(model).__name__}: the logits of generated token {len(generated)} hold NaN")
     return score(sample, tokenizer.decode(generated, skip_special_tokens=True))

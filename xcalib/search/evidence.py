@@ -22,15 +22,21 @@ def add_evidence(
     *,
     tokenizer: Any = None,
     units: Units | None = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
 ) -> Profile:
     """Measure every operating point on held-out samples; the profile with the figures, each point verified or not.
 
+    With ``skip_bad`` the figures are those of the samples on which all numbers are finite, at least half of them.
+
     Raises:
-        ModelError: hidden states are not finite or the model's head is not supported.
+        ModelError: the model's head is not supported.
+        NonFiniteError: hidden states or logits are not finite.
     """
     plans = {point.name: sparse_plan(profile, point.name) for point in profile.points}
-    found = evaluate_plans(model, heldout, plans, tokenizer=tokenizer, units=units, progress=progress)
+    found = evaluate_plans(
+        model, heldout, plans, tokenizer=tokenizer, units=units, skip_bad=skip_bad, progress=progress
+    )
     return with_evidence(profile, found)
 
 

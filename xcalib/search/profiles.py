@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from xcalib.collect import CollectSettings, Curves, collect_lengths, measured_length
+from xcalib.collect.budget import chunks_for_search
+from xcalib.collect.skipping import kept_samples
 from xcalib.collect.units import Units
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, pooled
 from xcalib.errors import TargetError, XcalibWarning
@@ -81,6 +83,8 @@ def search(
     rounds: int = DEFAULT_ROUNDS,
     resume: bool = False,
     force: bool = False,
+    max_memory: int | None = None,
+    skip_bad: bool = False,
     adjust: Callable[[Profile, Sequence[Curves]], Profile] | None = None,
     progress: Progress = silent,
 ) -> Profile:
@@ -108,6 +112,8 @@ def search(
             (:mod:`xcalib.search.sequential`); 0 leaves it out, and it is left out where the samples are not the curves'.
         resume: go on with what ``folder`` holds.
         force: return the profile although a point misses its target on held-out data; the point is marked unverified.
+        max_memory: bytes that the peak is predicted to stay within, as in :func:`xcalib.collect.collect`.
+        skip_bad: leave out samples that give numbers that are not finite, up to half of them, in place of an error.
         adjust: changes what was found before it is measured on held-out data, as a refinement does.
         progress: draws the work.
 
@@ -124,15 +130,21 @@ def search(
     sets, heldout = _samples(data, heldout, tokenizer, amount)
     if heldout is not None:
         refuse_overlap(calibration_documents(sets, measured), heldout)
+    settings = measured[0].settings if measured else measuring(settings or CollectSettings(), objective)
+    what = {"collecting": measured is None, "rounds": bool(rounds)}
+    chunks = chunks_for_search(model, sets, heldout, settings, max_memory, **what)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(folder if folder is not None else temporary)
         if measured is None:
-            settings = measuring(settings or CollectSettings(), objective)
             refuse_unreachable(targets, sets, settings.block_size)
             measured = collect_lengths(
-                model, sets, root / "curves", settings=settings, name=name, resume=resume, progress=progress
-            )
-        again = Rounds(rounds if method == "knapsack" else 0, sets, measured, root / "rounds")
+                model, sets, root / "curves", settings=settings, name=name, resume=resume, max_memory=max_memory,
+                skip_bad=skip_bad, progress=progress,
+            )  # fmt: skip
+        if len(sets) == len(measured):
+            sets = tuple(kept_samples(*pair) for pair in zip(sets, measured, strict=True))
+        count = rounds if method == "knapsack" else 0
+        again = Rounds(count, sets, measured, root / "rounds", chunks=chunks, skip_bad=skip_bad)
         profile = build_profile(
             measured,
             targets,
@@ -149,7 +161,9 @@ def search(
             # a folder of its own: other targets on the same curves are no reason to refuse
             stamp = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
             units = Units(root / "heldout" / stamp, identity, resume=resume)
-            profile = add_evidence(model, profile, heldout, tokenizer=tokenizer, units=units, progress=progress)
+            profile = add_evidence(
+                model, profile, heldout, tokenizer=tokenizer, units=units, skip_bad=skip_bad, progress=progress
+            )
             enforce(profile, force=force)  # a miss leaves what was measured where it is, for the same with force
             shutil.rmtree(units.folder, ignore_errors=True)
         again.discard()

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.gains import GainMeter
+from xcalib.collect.skipping import UnitStore, of_sample
 from xcalib.collect.slopes import SlopeMeter
-from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.models.logits import LogitHead, sampled_positions
 from xcalib.profile import SearchRound
@@ -61,7 +62,8 @@ class Sequential:
         samples: SampleSet,
         tables: Tables,
         *,
-        units: Units | None = None,
+        units: UnitStore | None = None,
+        chunks: HeadChunks | None = None,
         progress: Progress = silent,
     ) -> None:
         """Prepare; nothing is measured yet.
@@ -71,6 +73,7 @@ class Sequential:
             samples: those of the curves.
             tables: of those curves.
             units: where finished measurements are kept, so that an interrupted search goes on.
+            chunks: heads that are measured at a time.
             progress: draws the work.
         """
         self._model = model
@@ -78,6 +81,7 @@ class Sequential:
         self._tables = tables
         self._curves = tables.curves
         self._units = units
+        self._chunks = chunks
         self._progress = progress
         self._point = ""  # what is said to be worked on
         self._dense: dict[int, torch.Tensor] = {}
@@ -136,7 +140,7 @@ class Sequential:
 
     @cached_property
     def _slope_meter(self) -> SlopeMeter:
-        return SlopeMeter(self._model, self._curves.settings, self._curves.layers)
+        return SlopeMeter(self._model, self._curves.settings, self._curves.layers, self._chunks)
 
     def _levels_of(self, thresholds: FloatArray) -> IntArray:
         return np.abs(thresholds[..., None] - self._tables.grid).argmin(-1)
@@ -253,7 +257,8 @@ class Sequential:
         name = f"{kind}-{digest}-{index:05d}"
         unit = None if self._units is None else self._units.load(name)
         if unit is None:
-            unit = {key: measure()}
+            with of_sample(index):
+                unit = {key: measure()}
             if self._units is not None:
                 self._units.save(name, unit)
         return unit[key]
