@@ -91,18 +91,21 @@ def chunks_within(
     phases: Iterable[Phase],
     max_memory: int | None,
 ) -> HeadChunks:
-    """Heads at a time with which every phase is predicted to stay within ``max_memory`` bytes; None is no limit.
+    """Heads at a time with which every phase is predicted to stay within ``max_memory`` bytes.
 
-    On a CPU the limit is on the whole process: what it holds already, beside the weights, counts. On a GPU it is on tensors.
+    On a CPU the limit is on the whole process: what it holds already, beside the weights, counts; None is the machine's memory.
+    On a GPU it is on tensors; None is no limit, as memory that runs out is found out there.
 
     Raises:
         MemoryLimitError: one head at a time is too much already.
     """
-    if max_memory is None:
-        return HeadChunks()
     load = workload_of(model, sets, settings)
+    limit = _installed() if max_memory is None and load.host else max_memory
+    if limit is None:
+        return HeadChunks()
     beyond = max(0, _resident() - load.weight_bytes) if load.host else 0
-    return HeadChunks(most_heads(load, phases, max_memory, beyond))
+    allowed = "are all that this machine has" if max_memory is None else "are allowed"
+    return HeadChunks(most_heads(load, phases, limit, beyond, allowed))
 
 
 def chunks_for_search(
@@ -121,6 +124,14 @@ def chunks_for_search(
     phases: list[Phase] = [*collect_phases(settings)] if collecting else []
     phases += ["joint", "slopes"] if rounds else []
     return chunks_within(model, sets, settings, phases, max_memory) if phases else HeadChunks()
+
+
+def _installed() -> int | None:
+    """Bytes of memory in this machine, None where that cannot be read."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _resident() -> int:

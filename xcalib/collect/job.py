@@ -60,8 +60,11 @@ class Job:
         """The sweep of every sample; gains and joint losses still empty."""
         count, depth = len(self._samples.samples), int(self._model.config.get_text_config().num_hidden_layers)
         shortest = min(len(sample.tokens) for sample in self._samples.samples)
-        if shortest < self._settings.gain_every:
-            raise CurvesError(f"gain_every is {self._settings.gain_every}, but a sample has only {shortest} tokens")
+        every = self._settings.gain_every
+        if shortest < every:
+            raise CurvesError(
+                f"gain_every is {every}, but a sample has only {shortest} tokens: leave out what is so short"
+            )
         done: list[Arrays] = []
         with self._progress(f"Measuring {count} samples", count * depth) as advance:
             for index in range(count):

@@ -57,7 +57,9 @@ def largest_peak(load: Workload, phases: Iterable[Phase], heads: int | None = No
     return max((predict_peak(load, phase, heads) for phase in phases), key=lambda peak: peak.total)
 
 
-def most_heads(load: Workload, phases: Iterable[Phase], limit: int, beyond: int = 0) -> int:
+def most_heads(
+    load: Workload, phases: Iterable[Phase], limit: int, beyond: int = 0, allowed: str = "are allowed"
+) -> int:
     """As many key/value heads at a time as keep every phase's peak within ``limit`` bytes.
 
     Args:
@@ -65,6 +67,7 @@ def most_heads(load: Workload, phases: Iterable[Phase], limit: int, beyond: int 
         phases: what will run.
         limit: bytes allowed.
         beyond: bytes taken by other than tensors, which count too.
+        allowed: what the message says of the limit.
 
     Raises:
         MemoryLimitError: one head at a time is too much already.
@@ -79,7 +82,7 @@ def most_heads(load: Workload, phases: Iterable[Phase], limit: int, beyond: int 
     parts["kept of all samples"] = worst.host if load.host else 0
     said = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
     raise MemoryLimitError(
-        f"{_size(limit)} are allowed, but samples of {load.length:,} tokens need {_size(worst.total + beyond)} even with one "
+        f"{_size(limit)} {allowed}, but samples of {load.length:,} tokens need {_size(worst.total + beyond)} even with one "
         f"key/value head at a time ({said}): raise --max-memory, or lower --max-length"
         + (", --num-samples" if load.host else "")
         + (" or choose --dtype bfloat16" if load.element > 2 else "")

@@ -139,13 +139,17 @@ def evaluate_plans(
     Raises:
         ModelError: the model's head is not supported.
         NonFiniteError: hidden states or logits are not finite, without ``skip_bad`` or in more than half of the samples.
-        DataError: ``every`` is even, or a sample is shorter.
+        DataError: ``every`` is even, or a sample is shorter than that or than two tokens.
     """
     shortest = min(len(sample.tokens) for sample in data.samples)
     if every < 1 or every % 2 == 0 or every > shortest:
         raise DataError(
             f"every is {every}, expected an odd number of at most {shortest}, the tokens of the shortest sample"
         )
+    if shortest < 2:
+        index = next(index for index, sample in enumerate(data.samples) if len(sample.tokens) < 2)
+        source = data.samples[index].source
+        raise DataError(f"sample {index} ({source}) has one token: nothing follows it to be predicted; leave it out")
     head = LogitHead(model)
     skipping = Skipping(data, units, allowed=skip_bad)
     results = []
