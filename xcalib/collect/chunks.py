@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -44,9 +45,14 @@ class HeadChunks:
         heads: key/value heads of one part, None for all.
     """
 
-    def __init__(self, heads: int | None = None) -> None:
+    def __init__(self, heads: int | None = None, *, halving: bool = True) -> None:
         self.heads = heads
+        self._halving = halving
         self._said = False
+
+    def fixed(self) -> "HeadChunks":
+        """The same for work whose parts have to stay as they are: where an allocation fails in :meth:`map`, that is raised."""
+        return HeadChunks(self.heads, halving=False)
 
     def map(self, call: AttentionCall, compute: Callable[[AttentionCall, slice], T]) -> list[T]:
         """``compute`` of each part of a call: the call with some key/value heads only, and which query heads these are.
@@ -56,49 +62,71 @@ class HeadChunks:
         """
         count = call.key.shape[1]
         group = call.query.shape[1] // count
+        place = f"layer {call.layer} of a sample of {call.query.shape[2]:,} tokens"
         found: list[T] = []
-        first = 0
-        before = self.heads
+        first, before = 0, self.heads
         while first < count:
             last = min(first + (self.heads or count), count)
-            done = self._attempt(_part(call, first, last), slice(first * group, last * group), compute)
-            if not done:
-                self._halve(call, last - first)
-                continue
-            found += done
-            first = last
-        if self.heads != before and not self._said:
-            self._said = True
-            warnings.warn(
-                f"memory ran out at layer {call.layer} of a sample of {call.query.shape[2]:,} tokens: from here on {self.heads} "
-                f"of {count} key/value heads at a time, which gives the same figures",
-                XcalibWarning,
-                stacklevel=2,
-            )
+            part = partial(compute, _part(call, first, last), slice(first * group, last * group))
+            done = _attempt(part) if self._halving else [part()]
+            if done:
+                found += done
+                first = last
+            else:
+                self._halve(last - first, place)
+        self._say(before, count, place)
         return found
 
-    def _attempt(self, part: AttentionCall, heads: slice, compute: Callable[[AttentionCall, slice], T]) -> list[T]:
-        """The part's result, alone in a list; empty where memory ran out.
+    def whole(self, work: Callable[[], T], count: int, place: str) -> T:
+        """``work()``, from its beginning with half the heads where an allocation fails outside of :meth:`map`.
 
-        The exception, whose traceback holds every tensor of the attempt, is gone on return.
+        Args:
+            work: asks :meth:`map` for the parts of its calls.
+            count: key/value heads of these calls.
+            place: for messages: what is worked on.
+
+        Raises:
+            MemoryLimitError: one key/value head does not fit.
         """
-        try:
-            return [compute(part, heads)]
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return []
+        before = self.heads
+        while not (done := _attempt(work)):
+            self._halve(min(self.heads or count, count), place)
+        self._say(before, count, place)
+        return done[0]
 
-    def _halve(self, call: AttentionCall, heads: int) -> None:
+    def _halve(self, heads: int, place: str) -> None:
         gc.collect()
-        if call.query.is_cuda:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing where there is none
         if heads == 1:
             raise MemoryLimitError(
-                f"layer {call.layer}, a sample of {call.query.shape[2]:,} tokens: one key/value head at a time does not fit into "
-                "memory: lower --max-length, choose a smaller --dtype, or use a device with more memory"
+                f"{place}: one key/value head at a time does not fit into memory: lower --max-length, choose a smaller --dtype, "
+                "or use a device with more memory"
             )
         self.heads = heads // 2
+
+    def _say(self, before: int | None, count: int, place: str) -> None:
+        if self.heads == before or self._said:
+            return
+        self._said = True
+        warnings.warn(
+            f"memory ran out at {place}: from here on {self.heads} of {count} key/value heads at a time, which gives the same "
+            "figures",
+            XcalibWarning,
+            stacklevel=3,
+        )
+
+
+def _attempt(work: Callable[[], T]) -> list[T]:
+    """The result, alone in a list; empty where memory ran out.
+
+    The exception, whose traceback holds every tensor of the attempt, is gone on return.
+    """
+    try:
+        return [work()]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return []
 
 
 def _part(call: AttentionCall, first: int, last: int) -> AttentionCall:
