@@ -135,9 +135,8 @@ def test_the_model_is_within_a_quarter_of_what_is_measured(
     load = dataclasses.replace(workload_of(model, (samples,), SETTINGS), samples=0)  # no hidden states of other samples
     measured = measured_peak(model, work(model, samples, phase, HeadChunks(heads)))
     predicted = predict_peak(load, phase, heads).total  # type: ignore[arg-type]
-    print(
-        f"{phase}, {length:,} tokens: {predicted / 2**20:.1f} MiB predicted, {measured / 2**20:.1f} MiB measured"
-    )  # for -rP
+    which = f"{phase}, {length:,} tokens, {'all heads' if heads is None else 'one head'}"
+    print(f"{which}: {predicted / 2**20:.1f} MiB predicted, {measured / 2**20:.1f} MiB measured")  # for -rP
     assert 0.75 < predicted / measured < 1.25
 
 
