@@ -369,6 +369,23 @@ def test_a_size_that_is_none_is_one_line(run: Callable[..., tuple[int, str, str]
     assert (code, said) == (2, "error: max-memory is 'lots', expected a size such as 8G or 600M\n")
 
 
+def test_memory_that_runs_out_anywhere_is_one_line(
+    run: Callable[..., tuple[int, str, str]], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out(*_arguments: Any, **_options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr("xcalib.cli.app.collect_lengths", out)
+    code, _, said = run(
+        "collect", tiny_folder, "--data", "builtin", "--max-length", "256", "--out", tmp_path / "curves"
+    )
+    assert code == 2
+    assert said.splitlines()[-1] == (
+        "error: memory ran out (CUDA out of memory. Tried to allocate 20.00 GiB.): lower --max-length or --num-samples, or "
+        "choose a smaller --dtype"
+    )
+
+
 def test_slopes_in_parts_are_the_same(model: Any, random_samples: Build) -> None:
     data = random_samples([500])
     whole, parts = (work(model, data, "slopes", HeadChunks(heads))() for heads in (None, 1))

@@ -22,7 +22,7 @@ from xcalib.collect.skipping import kept_samples
 from xcalib.collect.slopes import SlopeMeter
 from xcalib.data import SampleSet
 from xcalib.errors import NonFiniteError, XcalibWarning
-from xcalib.evaluation import evaluate_plans
+from xcalib.evaluation import answer_score, evaluate_plans
 from xcalib.models.logits import LogitHead, sampled_positions
 from xcalib.models.sparse import SparsePlan
 from xcalib.profile import load_profile, save_profile
@@ -204,6 +204,7 @@ def test_an_evaluation_leaves_them_out(model: Any, data: Build, tmp_path: Path) 
         "sample 1: LlamaForCausalLM: its token embeddings hold NaN or infinite numbers (random, document 0000000000000001); "
         "--skip-bad leaves such samples out"
     )
+    assert xcalib.evaluate(model, samples, uniform=[0.9], skip_bad=True).skipped == 1
     found = evaluate_plans(model, samples, plans(model), skip_bad=True)
     expected = evaluate_plans(model, only(samples, 0, 2, 3), plans(model))
     assert (found.skipped, found.samples, expected.skipped) == (1, 3, 0)
@@ -257,6 +258,23 @@ def test_logits_and_heads_that_are_not_finite(tiny_model: Build, random_samples:
     hidden = torch.randn(20, model.config.hidden_size)
     with pytest.raises(NonFiniteError, match="its logits hold NaN"):
         LogitHead(model).kl(hidden, [hidden + 1])
+
+
+def test_a_generated_token_whose_logits_are_nan(tiny_model: Build, random_samples: Build) -> None:
+    model = tiny_model()
+    (given,) = random_samples([100]).samples
+    sample = dataclasses.replace(given, answers=("yes",), max_new_tokens=3)
+    head = LogitHead(model)
+    prefill = head.prefill(torch.tensor(sample.tokens), use_cache=True)
+
+    def spoil(_module: Any, _inputs: Any, output: Any) -> Any:
+        output.logits = output.logits * float("nan")
+        return output
+
+    model.generation_config.eos_token_id = None
+    model.register_forward_hook(spoil)
+    with pytest.raises(NonFiniteError, match=r"^LlamaForCausalLM: the logits of generated token 1 hold NaN$"):
+        answer_score(model, head, prefill, sample, None)
 
 
 def test_half_precision_that_overflows_names_the_layer(

@@ -43,6 +43,7 @@ def evaluate(
     point: str | None = None,
     uniform: Sequence[float] = (),
     tokenizer: Any = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure a model with and without a profile on the same samples.
@@ -55,10 +56,12 @@ def evaluate(
         point: name of the one operating point to measure; default all.
         uniform: single taus to measure the same way, with the profile's method.
         tokenizer: turns generated tokens into text.
+        skip_bad: leave out samples that give numbers that are not finite, up to half of them, in place of an error.
         progress: draws the work.
 
     Raises:
         ModelError: the profile is another model's.
+        NonFiniteError: hidden states or logits are not finite, without ``skip_bad`` or in more than half of the samples.
         DataError: calibration documents of the profile are among the samples: figures on them would prove nothing.
     """
     sets = (data,) if isinstance(data, SampleSet) else tuple(data)
@@ -67,7 +70,9 @@ def evaluate(
         refuse_overlap(profile.calibration.documents, together)
     plans = plans_to_evaluate(model, profile, point=point, uniform=uniform)
     lengths = [one.length for one in sets]
-    return evaluate_plans(model, together, plans, tokenizer=tokenizer, lengths=lengths, progress=progress)
+    return evaluate_plans(
+        model, together, plans, tokenizer=tokenizer, lengths=lengths, skip_bad=skip_bad, progress=progress
+    )
 
 
 def plans_to_evaluate(
