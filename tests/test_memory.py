@@ -360,7 +360,7 @@ def test_too_little_is_refused_before_anything_runs(
     assert (code, printed) == (2, "")
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: 8.0 MiB are allowed, but samples of 256 tokens need ")
-    assert "raise --max-memory, or lower --max-length" in line
+    assert "raise --max-memory or lower --max-length or --num-samples" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,6 +18,7 @@ from xcalib.models.structure import describe_model
 __all__ = ["chunks_for_search", "chunks_within", "collect_phases", "parse_memory", "workload_of"]
 
 _SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?\Z", re.ASCII | re.IGNORECASE)
+FIRST_USE = 128 * 2**20  # what libraries still load and set aside when the first sample runs (docs/memory.md)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -135,11 +136,12 @@ def _installed() -> int | None:
 
 
 def _resident() -> int:
-    """Bytes of memory that this process holds; where only its peak can be read, that."""
+    """Bytes of memory that this process holds, or where only its peak can be read that, and will hold in libraries."""
     try:
-        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") + FIRST_USE
     except (OSError, ValueError, IndexError):
         import resource  # where there is no /proc
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return FIRST_USE + (peak if sys.platform == "darwin" else peak * 1024)

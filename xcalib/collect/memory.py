@@ -81,11 +81,11 @@ def most_heads(
     parts |= {"measuring one head": worst.working, "kept from layer to layer": worst.kept, "logits": worst.logits}
     parts["kept of all samples"] = worst.host if load.host else 0
     said = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
+    lower = "--max-length or --num-samples" if load.host else "--max-length"
     raise MemoryLimitError(
         f"{_size(limit)} {allowed}, but samples of {load.length:,} tokens need {_size(worst.total + beyond)} even with one "
-        f"key/value head at a time ({said}): raise --max-memory, or lower --max-length"
-        + (", --num-samples" if load.host else "")
-        + (" or choose --dtype bfloat16" if load.element > 2 else "")
+        f"key/value head at a time ({said}): raise --max-memory or lower {lower}"
+        + (", or choose --dtype bfloat16" if load.element > 2 else "")
     )
 
 
