@@ -436,3 +436,33 @@ def test_the_model_holds_for_trained_weights(phase: str, dtype: str) -> None:
     predicted = predict_peak(load, phase).total  # type: ignore[arg-type]
     print(f"{phase}, {dtype}: {predicted / 2**20:.1f} MiB predicted, {measured / 2**20:.1f} MiB measured")
     assert 0.75 < predicted / measured < 1.25
+
+
+def test_one_head_that_needs_fp64_leaves_the_others_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The precision of a row is each key head's own: figures do not depend on which heads share a call."""
+    from xcalib.kernels import reference
+
+    used: list[torch.dtype] = []
+    level_error = reference._level_error
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        used.append(arguments[-1])
+        return level_error(*arguments)
+
+    monkeypatch.setattr(reference, "_level_error", spy)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 500, 32, generator=generator) for heads in (4, 2, 2))
+    query[:, 2:] *= 30  # of the second key head: what is always kept lies far below the peaks
+    projection, grid = (
+        torch.randn(4, 32, 32, generator=generator),
+        torch.tensor((0.0, 0.5, 0.8, 1.0), dtype=torch.float64),
+    )
+    whole = sweep_thresholds(query, key, value, grid, projection, block_size=64, backend="reference")
+    assert set(used) == {torch.float32, torch.float64}
+    for head in range(2):
+        heads, one = slice(2 * head, 2 * head + 2), slice(head, head + 1)
+        part = sweep_thresholds(
+            query[:, heads], key[:, one], value[:, one], grid, projection[heads], block_size=64, backend="reference"
+        )
+        assert torch.equal(part.error, whole.error[heads])
+        assert torch.equal(part.kept, whole.kept[heads])
