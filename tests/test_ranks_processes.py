@@ -122,6 +122,7 @@ def test_search_in_several_processes_gives_the_same_profile(here: Path, run: Run
     search = [
         *("search", "tiny", "--data", "builtin", "--num-samples", "3", "--max-length", "448", "--block-size", "64"),
         *("--target", "a:density=0.7", "--rounds", "1", "--heldout-samples", "1", "--force"),
+        *("--pattern", "antidiagonal"),  # by rows no step is tried here
     ]
     code, _, err = run(*search, "--out", "one.yaml", "--work", "one")
     assert code == 0, err
@@ -144,6 +145,13 @@ def test_bad_input_is_said_once(here: Path) -> None:
         "",
         "Loading tiny ...\nReading calibration data ...\nerror: text:gone: no file or folder 'gone'\n",
     )
+    assert not (here / "c").exists()
+
+
+def test_bad_samples_are_not_skipped_by_ranks(here: Path) -> None:
+    code, out, err = ended(start(*XCALIB, *COLLECT, "--skip-bad", "--out", "c", "--workers", 2, cwd=here))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: --skip-bad (skip_bad) goes with one process")
     assert not (here / "c").exists()
 
 

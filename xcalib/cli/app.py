@@ -22,6 +22,7 @@ from xcalib.cli.search import search
 from xcalib.cli.show import render_profile, unverified_points
 from xcalib.cli.workers import Workers, joined, refuse_ranks
 from xcalib.collect import collect_lengths
+from xcalib.collect.skipping import refuse_skipping
 from xcalib.collect.units import Units
 from xcalib.data import pooled
 from xcalib.errors import XcalibError
@@ -84,6 +85,8 @@ def collect(
     order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
     measure: opt.Measures = None,
+    max_memory: opt.MaxMemory = None,
+    skip_bad: opt.SkipBad = False,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
@@ -94,7 +97,9 @@ def collect(
     """Measure the curves of every head and the layer gains, and keep them for `xcalib search --curves`."""
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples, measure or ())
+    limit = opt.memory_limit(max_memory)
     with joined(workers) as ranks:
+        refuse_skipping(skip_bad, ranks)
         with ranks.together():
             loaded = opt.open_model(model, device, dtype, trust_remote_code, ranks)
             samples = opt.read_sets(
@@ -102,8 +107,9 @@ def collect(
             )
         with resumable("run the same command with --resume"):
             sets = collect_lengths(
-                loaded.model, samples, out, settings=settings, name=model, resume=resume, progress=progress, ranks=ranks
-            )
+                loaded.model, samples, out, settings=settings, name=model, resume=resume, max_memory=limit, skip_bad=skip_bad,
+                progress=progress, ranks=ranks,
+            )  # fmt: skip
         report_curves(sets, out, as_json)
 
 
@@ -134,6 +140,7 @@ def evaluate(
     min_length: opt.MinLength = None,
     seed: opt.Seed = 0,
     work: Annotated[Path | None, typer.Option(help="Keep finished samples in this folder, for --resume.")] = None,
+    skip_bad: opt.SkipBad = False,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
@@ -176,8 +183,9 @@ def evaluate(
         units = Units(work, identity, resume=resume)
     with resumable("run the same command with --resume" if work else "give --work FOLDER to be able to --resume"):
         found = evaluate_plans(
-            loaded.model, samples, plans, tokenizer=loaded.tokenizer, lengths=tokens, units=units, progress=progress
-        )
+            loaded.model, samples, plans, tokenizer=loaded.tokenizer, lengths=tokens, units=units, skip_bad=skip_bad,
+            progress=progress,
+        )  # fmt: skip
     console.print(evaluation_table(found, f"{model}: dense against sparse, held out"))
     if found.by_length:
         console.print(evaluation_by_length(found))

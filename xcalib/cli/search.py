@@ -13,6 +13,7 @@ from xcalib.cli.refine import refining
 from xcalib.cli.workers import Workers, joined, speaks
 from xcalib.collect import Curves, load_curve_sets
 from xcalib.collect.ranks import Ranks
+from xcalib.collect.skipping import refuse_skipping
 from xcalib.data import SampleSet, pooled
 from xcalib.errors import ModelError
 from xcalib.models.structure import describe_model
@@ -73,6 +74,8 @@ def search(
     work: Annotated[
         Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
     ] = None,
+    max_memory: opt.MaxMemory = None,
+    skip_bad: opt.SkipBad = False,
     device: opt.Device = None,
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.RemoteCode = False,
@@ -94,12 +97,14 @@ def search(
     targets = parse_targets(target or [])
     if speaks():
         opt.check_output(out, overwrite)
+    limit = opt.memory_limit(max_memory)
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
     _check_model(model, curves, refine_trials)
     chosen: dict[str, Any] = {"method": method, "objective": objective, "start_threshold": start_threshold}
     with joined(workers) as ranks:
         _check_shared(model, refine_trials, ranks)
+        refuse_skipping(skip_bad, ranks)
         with ranks.together():
             measured = load_curve_sets(curves) if curves else None
             if measured is not None:
@@ -132,7 +137,7 @@ def search(
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
                 rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
-                progress=progress, ranks=ranks, **chosen,
+                max_memory=limit, skip_bad=skip_bad, progress=progress, ranks=ranks, **chosen,
             )  # fmt: skip
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)

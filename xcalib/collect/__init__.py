@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from xcalib.collect.budget import chunks_within, collect_phases
 from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, Measure, load_curves, save_curves
 from xcalib.collect.job import Job
 from xcalib.collect.lengths import labelled, load_curve_sets, measured_length, open_index, write_index
 from xcalib.collect.ranks import ALONE, Ranks
 from xcalib.collect.shares import Shares, open_units
+from xcalib.collect.skipping import Skipping, UnitStore, refuse_skipping
 from xcalib.data import SampleSet, check_sets
 from xcalib.models.structure import describe_model
 from xcalib.progress import Progress, silent
@@ -43,6 +45,8 @@ def collect(
     settings: CollectSettings | None = None,
     name: str | None = None,
     resume: bool = False,
+    max_memory: int | None = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> Curves:
@@ -58,24 +62,38 @@ def collect(
         settings: what is measured; default :class:`CollectSettings`.
         name: what the user calls the model.
         resume: go on with what ``folder`` holds, with any number of ranks.
+        max_memory: bytes that the peak is predicted to stay within (docs/memory.md): heads are measured fewer at a time, with the
+            same figures. On a CPU of this process, on a GPU of its tensors; None for no limit.
+        skip_bad: leave out samples that give numbers that are not finite, up to half of them, in place of an error; one rank.
         progress: draws the work.
         ranks: processes that share the samples (docs/many-gpus.md); each has its own copy of the model and the same samples, and
             gets the curves. Rank 0 writes them.
 
     Raises:
         CurvesError: the folder cannot be used.
-        ModelError: the model cannot be measured, or its activations are not finite.
-        RankError: another rank failed.
+        MemoryLimitError: no part of the work is small enough.
+        ModelError: the model cannot be measured.
+        NonFiniteError: activations are not finite, without ``skip_bad`` or in more than half of the samples.
+        RankError: another rank failed, or there are several and ``skip_bad`` is set.
     """
+    refuse_skipping(skip_bad, ranks)
     settings = settings or CollectSettings()
     identity = describe_model(model, name)
+    with ranks.together():  # hosts may have more memory or less
+        chunks = chunks_within(model, (samples,), settings, collect_phases(settings), max_memory, ranks)
     units = open_units(folder, _identity(identity.model_dump(), model, samples, settings), resume=resume, ranks=ranks)
     done = np.array(resume and (units.folder / "curves.json").is_file())
     if ranks.same(done):
         return _load_on_all(units.folder, ranks)
-    job = Job(model, identity.query_heads, samples, settings, Shares(units, progress, ranks))
-    curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
-    curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
+    skipping = Skipping(samples, units, allowed=skip_bad, ranks=ranks)
+
+    def measure(kept: SampleSet, store: UnitStore | None) -> Curves:
+        job = Job(model, identity.query_heads, kept, settings, Shares(store or units, progress, ranks), chunks)
+        curves = job.measure_others(job.measure_joint(job.measure_gains(job.measure_samples())))
+        return dataclasses.replace(curves, calibration=_calibration(kept, settings, len(samples.samples)))
+
+    curves = skipping.run(measure)
+    curves = dataclasses.replace(curves, model=identity.model_dump(), skipped=tuple(sorted(skipping.reasons)))
     with ranks.together():
         if ranks.leader:
             save_curves(curves, units.folder)
@@ -112,6 +130,8 @@ def collect_lengths(
     settings: CollectSettings | None = None,
     name: str | None = None,
     resume: bool = False,
+    max_memory: int | None = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> tuple[Curves, ...]:
@@ -125,19 +145,31 @@ def collect_lengths(
         settings: what is measured, the same at every length.
         name: what the user calls the model.
         resume: go on with what ``folder`` holds, with any number of ranks.
+        max_memory: as in :func:`collect`.
+        skip_bad: as in :func:`collect`.
         progress: draws the work.
         ranks: as in :func:`collect`.
 
     Raises:
         CurvesError: the folder cannot be used, or holds other lengths.
         DataError: as :func:`xcalib.data.check_sets`.
-        ModelError: the model cannot be measured, or its activations are not finite.
-        RankError: another rank failed.
+        MemoryLimitError, ModelError, NonFiniteError, RankError: as :func:`collect`.
     """
-    options: dict[str, Any] = {"settings": settings, "name": name, "resume": resume, "ranks": ranks}
+    refuse_skipping(skip_bad, ranks)
+    options: dict[str, Any] = {
+        "settings": settings,
+        "name": name,
+        "resume": resume,
+        "max_memory": max_memory,
+        "skip_bad": skip_bad,
+        "ranks": ranks,
+    }
     if len(sets) == 1:
         return (collect(model, sets[0], folder, progress=progress, **options),)
     check_sets(sets)
+    chosen = settings or CollectSettings()
+    with ranks.together():  # refused before the first length runs
+        chunks_within(model, sets, chosen, collect_phases(chosen), max_memory, ranks)
     lengths = [samples.length for samples in sets]
     root = Path(folder)
     with ranks.together():
@@ -168,8 +200,9 @@ def _identity(
     }
 
 
-def _calibration(samples: SampleSet, settings: CollectSettings) -> dict[str, Any]:
+def _calibration(samples: SampleSet, settings: CollectSettings, given: int) -> dict[str, Any]:
     lengths = [len(sample.tokens) for sample in samples.samples]
+    skipped = given - len(lengths)
     return {
         "sources": list(samples.specs),
         "samples": len(lengths),
@@ -181,4 +214,5 @@ def _calibration(samples: SampleSet, settings: CollectSettings) -> dict[str, Any
         "gain_samples": min(settings.gain_samples, len(lengths)),
         "dropped": dict(samples.dropped),
         "lengths": [samples.length],
+        **({"skipped": skipped} if skipped else {}),
     }

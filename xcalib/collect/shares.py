@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from xcalib.collect.ranks import ALONE, Ranks
+from xcalib.collect.skipping import UnitStore
 from xcalib.collect.units import Units
 from xcalib.errors import CurvesError, RankError
 from xcalib.progress import Progress, silent
@@ -17,6 +18,7 @@ __all__ = ["Advance", "Arrays", "Shares", "open_units"]
 
 Advance = Callable[[int], None]
 Arrays = dict[str, np.ndarray]
+MeasureUnit = Callable[[int, Advance], Arrays | None]
 
 
 def open_units(folder: Any, identity: Mapping[str, Any], *, resume: bool, ranks: Ranks = ALONE) -> Units:
@@ -44,7 +46,7 @@ class Shares:
         ranks: that share it.
     """
 
-    units: Units | None = None
+    units: UnitStore | None = None
     progress: Progress = silent
     ranks: Ranks = ALONE
 
@@ -52,7 +54,7 @@ class Shares:
         self,
         what: str,
         names: Sequence[str],
-        measure: Callable[[int, Advance], Arrays],
+        measure: MeasureUnit,
         steps: Sequence[int],
         *,
         local: Collection[str] = (),
@@ -64,7 +66,8 @@ class Shares:
         Args:
             what: is done, for the progress.
             names: of the units on disk.
-            measure: makes the unit of an index, and advances the progress.
+            measure: makes the unit of an index, and advances the progress. One rank by itself may find that there is none to
+                make: None is left out.
             steps: of progress that each unit is worth.
             local: arrays that only stay on the disk of the rank that made them.
 
@@ -88,7 +91,7 @@ class Shares:
     def _one_by_one(
         self,
         names: Sequence[str],
-        measure: Callable[[int, Advance], Arrays],
+        measure: MeasureUnit,
         steps: Sequence[int],
         advance: Advance,
     ) -> Iterator[Arrays]:
@@ -98,12 +101,13 @@ class Shares:
                 unit = self._measured(index, name, measure, advance)
             else:
                 advance(steps[index])
-            yield unit
+            if unit is not None:
+                yield unit
 
     def _measure_share(
         self,
         names: Sequence[str],
-        measure: Callable[[int, Advance], Arrays],
+        measure: MeasureUnit,
         steps: Sequence[int],
         advance: Advance,
     ) -> tuple[np.ndarray, dict[int, Arrays]]:
@@ -116,6 +120,7 @@ class Shares:
         owner[missing] = np.arange(len(missing)) % ranks.size
         for index in missing[owner[missing] == ranks.rank].tolist():
             unit = self._measured(index, names[index], measure, advance)
+            assert unit is not None  # ranks make all units
             if self.units is None:
                 mine[index] = unit
         ranks.arrive()
@@ -139,9 +144,9 @@ class Shares:
             owner = ranks.lowest(owner)
         return owner
 
-    def _measured(self, index: int, name: str, measure: Callable[[int, Advance], Arrays], advance: Advance) -> Arrays:
+    def _measured(self, index: int, name: str, measure: MeasureUnit, advance: Advance) -> Arrays | None:
         unit = measure(index, advance)
-        if self.units is not None:
+        if self.units is not None and unit is not None:
             self.units.save(name, unit)
         return unit
 

@@ -31,14 +31,19 @@ def jsonl_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document
         raise DataError(f"{spec}: no file '{path}'")
     try:
         with path.open("rb") as file:
-            start = 0
+            start, blank = 0, True
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
                         yield replace(_document(path, start, line, field), name=f"line {number}")
+                    except UnicodeDecodeError as error:
+                        drops.add(spec, "not UTF-8", f"line {number} byte {start + error.start}")
                     except ValueError as error:
                         drops.add(spec, str(error), f"line {number}")
                 start += len(line)
+                blank = blank and not line.strip()
+            if blank:
+                drops.add(spec, "empty", path.name)
     except OSError as error:
         raise DataError(f"{spec}: cannot read '{path}' ({one_line(error)})") from error
 
@@ -67,9 +72,9 @@ def _document(path: Path, start: int, line: bytes, field: str) -> Document:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError("not UTF-8") from error
+        row = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
+    except UnicodeDecodeError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ValueError("bad JSON") from error
     if not isinstance(row, dict):
