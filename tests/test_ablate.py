@@ -163,7 +163,7 @@ def test_the_papers_tables_have_its_order_and_the_searches_that_of_their_curves(
 def test_curves_in_the_papers_order_compare_in_that(
     model: Any, data: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = CollectSettings(stride=8, block_size=64, gain_samples=1, order="score")
+    settings = CollectSettings(stride=8, block_size=64, gain_samples=1, pattern="antidiagonal", order="score")
     curves = collect(model, data[0], tmp_path / "curves", settings=settings)
     used: list[Any] = []
     select = ablate_attention.select_blocks
@@ -352,9 +352,8 @@ def test_curves_of_another_method_or_model(
 ) -> None:
     settings = CollectSettings(stride=16, block_size=64, gain_samples=1)
     curves = collect(model, data[0], tmp_path / "curves", settings=settings)
-    with pytest.raises(
-        AblationError, match=r"the curves have \(block size, stride, pattern\) \(64, 16, 'antidiagonal'\)"
-    ):
+    found = r"the curves have \(block size, stride, pattern\) \(64, 16, 'rows'\)"
+    with pytest.raises(AblationError, match=found + r", this comparison has \(64, 8, 'antidiagonal'\)"):
         ablate.run_table("threshold", model, None, *data, SETTINGS, curves=curves)
     with pytest.raises(AblationError, match="the curves are of"):
         ablate.run_table("threshold", tiny_model("qwen3"), None, *data, SETTINGS, curves=curves)

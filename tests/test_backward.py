@@ -187,7 +187,7 @@ def test_errors_are_what_outputs_lose(tiny_model: Build) -> None:
     expected = np.zeros_like(found)
 
     def compute(call: AttentionCall) -> None:
-        scores = estimate_blocks(call.query, call.key, block_size=64, scale=call.scale)
+        scores = estimate_blocks(call.query, call.key, block_size=64, scale=call.scale, pattern=SETTINGS.pattern)
         outputs = []
         for tau in SETTINGS.grid:
             mask = select_blocks(scores, tau, q_len=330, k_len=330, block_size=64, order=SETTINGS.order)

@@ -88,7 +88,7 @@ def test_mass_is_summed_over_tokens(whole: tuple[Curves, Path], loaded: Any, sam
     found: dict[int, np.ndarray] = {}
 
     def compute(call: AttentionCall) -> None:
-        how = {"block_size": 64, "scale": call.scale, "order": SETTINGS.order}
+        how = {"block_size": 64, "scale": call.scale, "order": SETTINGS.order, "pattern": SETTINGS.pattern}
         found[call.layer] = dropped_mass(call.query, call.key, grid, **how).numpy()
 
     for index, sample in enumerate(samples.samples):
@@ -358,7 +358,7 @@ def test_collect_then_search(here: Path, run: Run) -> None:
     profiles = {}
     for objective in ("tempered", "gain", "plain", "fisher", "mass"):
         file = f"{objective}.yaml"
-        code, _, err = run("search", "--curves", "both", "-t", "a:density=0.8", "--objective", objective, "-o", file)
+        code, _, err = run("search", "--curves", "both", "-t", "a:density=0.76", "--objective", objective, "-o", file)
         assert code == 0, err
         profiles[objective] = load_profile(file).point("a")
     assert profiles["fisher"].objective == "Fisher-weighted output error"

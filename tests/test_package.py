@@ -83,7 +83,8 @@ def expected_files() -> set[str]:
     shipped = {
         f"xcalib/profiles/{path.name}" for path in (ROOT / "profiles").iterdir() if path.suffix in (".yaml", ".md")
     }
-    return sources | data | shipped | {"xcalib/py.typed", "xcalib/kernels/tuned.json"}
+    machines = {str(path.relative_to(ROOT)) for path in (ROOT / "xcalib" / "plan" / "machines").glob("*.json")}
+    return sources | data | shipped | machines | {"xcalib/py.typed", "xcalib/kernels/tuned.json"}
 
 
 def test_wheel_holds_everything_and_nothing_else(built: Path) -> None:
@@ -188,6 +189,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "xcalib.search": {"cli"},
     "xcalib.bench": {"search", "collect", "evaluation", "cli", "data", "models", "profile", "runtime"},
     "xcalib.runtime": {"search", "collect", "evaluation", "cli", "data"},
+    "xcalib.plan": {"cli"},
     "xcalib.interop": {"search", "collect", "evaluation", "cli", "data", "kernels", "runtime"},
     "xcalib.profile": {"search", "collect", "evaluation", "cli", "data", "models", "kernels", "runtime"},
 }

@@ -399,7 +399,7 @@ def test_profile_with_the_default_points(curves: Curves, tmp_path: Path) -> None
     assert [point.name for point in profile.points] == ["fidelity", "balanced", "fast"]
     assert profile.default_point == "balanced"
     assert profile.dense_layers == (1,)
-    assert (profile.method.stride, profile.method.block_size, profile.method.pattern) == (16, 64, "antidiagonal")
+    assert (profile.method.stride, profile.method.block_size, profile.method.pattern) == (16, 64, "rows")
     assert profile.method.order == curves.settings.order == "recent"
     assert [(found.min_length, found.max_length) for found in profile.length_bins] == [(256, 2049)]
     assert profile.calibration.documents == ("0123456789abcdef",)

@@ -100,7 +100,7 @@ def kl_with_a_head_between(
 
     def compute(call: AttentionCall) -> torch.Tensor:
         geometry = Geometry(call.query.shape[2], call.key.shape[2], 64, True)
-        scores = estimate_blocks(call.query, call.key, block_size=64, scale=call.scale)
+        scores = estimate_blocks(call.query, call.key, block_size=64, scale=call.scale, pattern=SETTINGS.pattern)
         level = chosen.setdefault(call.layer, block_levels(scores, grid, geometry, SETTINGS.order))
 
         def at(taken: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """What a measurement was made on."""
 
+import os
 import platform
 from pathlib import Path
 
-__all__ = ["processor"]
+__all__ = ["host_memory", "processor"]
 
 
 def processor() -> str:
@@ -14,3 +15,8 @@ def processor() -> str:
         return platform.processor()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
+
+
+def host_memory() -> int:
+    """Bytes of memory that the host has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -19,6 +19,7 @@ __all__ = [
     "MemoryLimitError",
     "ModelError",
     "NonFiniteError",
+    "PlanError",
     "ProfileError",
     "RankError",
     "StudyError",
@@ -101,6 +102,10 @@ class RankError(XcalibError):
 
 class BenchError(XcalibError):
     """A bench suite is malformed, or this machine cannot run it."""
+
+
+class PlanError(XcalibError):
+    """A plan's machine cannot be read or measured, or what is to be planned makes no sense."""
 
 
 class AblationError(XcalibError):

