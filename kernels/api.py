@@ -12,6 +12,7 @@ from xcalib.kernels.arguments import (
     HEAD_DIMS,
     STRIDES,
     Backend,
+    NonFiniteValueError,
     Order,
     Pattern,
     Policy,
@@ -359,7 +360,8 @@ def sweep_thresholds(
         Errors and block counts per head and level, summed over batch and tokens.
 
     Raises:
-        ValueError: an argument is not as above, is not finite, or gives logits more than 700 apart in one row.
+        ValueError: an argument is not as above.
+        NonFiniteValueError: an argument is not finite, or gives logits more than 700 apart in one row.
     """
     geometry = check_attention(query, key, value, block_size, causal)
     check_method(stride, pattern, order=order)
@@ -367,7 +369,7 @@ def sweep_thresholds(
     check_projection(projection, query)
     for name, tensor in (("query", query), ("key", key), ("value", value), ("projection", projection)):
         if not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # read once: NaN is the least and the largest
-            raise ValueError(f"{name} holds NaN or infinite numbers, expected finite ones")
+            raise NonFiniteValueError(f"{name} holds NaN or infinite numbers, expected finite ones")
     scores = estimate_blocks(
         query,
         key,
@@ -386,7 +388,9 @@ def sweep_thresholds(
     else:
         result = reference.sweep_thresholds(*arguments, order)
     if not bool(result.error.isfinite().all()):
-        raise ValueError("query and key give attention logits that overflow or lie more than 700 apart in one row")
+        raise NonFiniteValueError(
+            "query and key give attention logits that overflow or lie more than 700 apart in one row"
+        )
     return result
 
 

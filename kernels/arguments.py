@@ -13,6 +13,7 @@ __all__ = [
     "HEAD_DIMS",
     "STRIDES",
     "Backend",
+    "NonFiniteValueError",
     "Order",
     "Pattern",
     "Policy",
@@ -44,6 +45,10 @@ STRIDES = (4, 8, 16, 32, 64)
 BLOCK_SIZES = (64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 256)
+
+
+class NonFiniteValueError(ValueError):
+    """A tensor holds NaN or infinite numbers, or what follows from it would."""
 
 
 def scale_of(scale: float | None, query: torch.Tensor) -> float:

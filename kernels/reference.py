@@ -301,8 +301,23 @@ def _row_error(logits: torch.Tensor, values: torch.Tensor, member: torch.Tensor)
     peaks = logits.amax(-1)  # (B, Hkv, G, n, Bq)
     peak = peaks.amax(-2, keepdim=True)
     kept_peak = peaks.masked_fill((member[..., 0, :] == 0).unsqueeze(-1), -torch.inf).amax(-2, keepdim=True)
-    # Where what is always kept lies far below the row's peak, its fp32 weights would lose their digits.
-    dtype = torch.float32 if float((peak - kept_peak).max()) < LOW_PEAK else torch.float64
+    # Where what is always kept lies far below the row's peak, its fp32 weights would lose their digits. Each key head decides for
+    # itself, so that its figures do not depend on which others are in the call.
+    exact = (peak - kept_peak).amax((0, 2, 3, 4)) < LOW_PEAK  # (Hkv,), False where NaN
+    error = logits.new_empty(member.shape[:-1], dtype=torch.float64)
+    for heads, dtype in ((exact, torch.float32), (~exact, torch.float64)):
+        if bool(heads.all()):
+            return _level_error(logits, peak, values, member, dtype)
+        if bool(heads.any()):
+            chosen = (logits[:, heads], peak[:, heads], values[:, heads], member[:, heads])
+            error[:, heads] = _level_error(*chosen, dtype)
+    return error
+
+
+def _level_error(
+    logits: torch.Tensor, peak: torch.Tensor, values: torch.Tensor, member: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """:func:`_row_error` in one precision; ``peak`` is the largest logit of each query, ``(B, Hkv, G, 1, Bq)``."""
     weights = (logits - peak.unsqueeze(-1)).to(dtype).exp_()
     if dtype == torch.float32:
         functional.threshold(weights, NEGLIGIBLE, 0.0, inplace=True)

@@ -31,8 +31,8 @@ def sweep_slopes(
         key: ``(batch, k_heads, k_len, head_dim)``.
         value: like ``key``.
         gradient: of the loss with respect to the attention output, like ``query``.
-        level: int64 ``(batch, q_heads, q_blocks, k_blocks)``, the first threshold that keeps each block, ``levels`` where none
-            does, as :func:`xcalib.kernels.reference.block_levels` gives it.
+        level: int64 or uint8 ``(batch, q_heads, q_blocks, k_blocks)``, the first threshold that keeps each block,
+            ``levels`` where none does, as :func:`xcalib.kernels.reference.block_levels` gives it.
         levels: thresholds of the grid.
         block_size: tokens per block (B).
         scale: factor of the dot product.
@@ -47,7 +47,7 @@ def sweep_slopes(
         last = min(first + step, geometry.q_blocks)
         mass, slope = _by_block(query, key, value, gradient, geometry, first, last, scale)  # (B, Hq, rows, blocks)
         rows = first + torch.arange(mass.shape[2], device=level.device) // block_size
-        place = level[:, :, rows, : mass.shape[-1]]
+        place = level[:, :, rows, : mass.shape[-1]].long()
         empty = mass.new_zeros((*mass.shape[:3], levels + 1))
         kept = empty.scatter_add(-1, place, mass).cumsum(-1)[..., :levels]  # (B, Hq, rows, levels)
         along = empty.scatter_add(-1, place, slope).cumsum(-1)[..., :levels]

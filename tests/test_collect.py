@@ -321,7 +321,8 @@ def poisoned(model: Any, path: str) -> Any:
         ("model.layers.1.self_attn.v_proj.weight", "layer 1 of LlamaForCausalLM"),
         ("model.layers.1.self_attn.o_proj.weight", "layer 1 of LlamaForCausalLM"),
         ("model.layers.0.mlp.down_proj.weight", "layer 1 of LlamaForCausalLM"),
-        ("model.layers.2.mlp.down_proj.weight", "LlamaForCausalLM"),
+        ("model.layers.2.mlp.down_proj.weight", "layer 2 of LlamaForCausalLM: its output"),
+        ("model.norm.weight", "LlamaForCausalLM: the last hidden states"),
     ],
 )
 def test_nan_weights_name_layer_and_sample(

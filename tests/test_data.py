@@ -291,7 +291,8 @@ def test_dropped_files_are_counted_and_named(folder: Path, tokenizer: FakeTokeni
     made = load_samples([f"text:{folder}"], tokenizer, num_samples=12, max_length=100, split="all")
     spec = f"text:{folder}"
     assert dict(made.dropped) == {
-        f"{spec}: not UTF-8 (binary.bin, cut.txt, latin.txt)": 3,
+        f"{spec}: not text: a NUL byte (binary.bin line 1 byte 1)": 1,
+        f"{spec}: not UTF-8 (cut.txt line 1 byte 0, latin.txt line 1 byte 0)": 2,
         f"{spec}: empty (blank.txt, empty.txt)": 2,
         f"{spec}: duplicate (doc0.txt)": 1,
         f"{spec}: hidden file or folder (.hidden)": 1,

@@ -99,7 +99,7 @@ def test_jsonl_bad_rows_are_counted(write_rows: Callable[..., Path], tokenizer: 
         f"{spec}: no field 'text' (line 4)": 1,
         f"{spec}: field 'text' is not a string (line 5)": 1,
         f"{spec}: empty (line 6)": 1,
-        f"{spec}: not UTF-8 (line 7)": 1,
+        f"{spec}: not UTF-8 (line 7 byte {path.read_bytes().index(255)})": 1,
         f"{spec}: duplicate (line 8)": 1,
         f"{spec}: answers are not a string or a list of strings (line 9)": 1,
     }

@@ -207,7 +207,7 @@ def test_refusals(model: Any, tiny_model: Build, samples: Any, random_samples: B
 def test_nan_names_the_sample(tiny_model: Build, samples: Any) -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.down_proj.weight.data[3, 3] = float("nan")
-    with pytest.raises(ModelError, match=r"^sample 0: LlamaForCausalLM: the last hidden states hold NaN"):
+    with pytest.raises(ModelError, match=r"^sample 0: layer 1 of LlamaForCausalLM: its output holds NaN"):
         evaluate(model, samples, uniform=[0.5])
     assert model.config._attn_implementation == "sdpa"
 

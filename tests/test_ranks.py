@@ -241,7 +241,11 @@ def place(monkeypatch: pytest.MonkeyPatch, rank: int, size: int, local: int = 0)
 def test_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Place.of_environment() is None
     place(monkeypatch, 3, 8, 1)
-    assert Place.of_environment() == Place(3, 8, 1)
+    assert Place.of_environment() == Place(3, 8, 1, local_size=8)  # all of them, where nothing says how many are here
+    for here, counted in (("2", 2), ("0", 1), ("9", 8)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        assert Place.of_environment() == Place(3, 8, 1, local_size=counted)
+    assert (Ranks(Place(3, 8, 1, local_size=2)).local_size, ALONE.local_size) == (2, 1)
     monkeypatch.delenv("LOCAL_RANK")  # as cluster managers set them, for torchrun to read
     assert Place.of_environment() is None
     place(monkeypatch, 0, 1)
@@ -483,7 +487,7 @@ def test_a_rank_that_is_no_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RANK", "first")
     code, out, err = run("show", "p.yaml")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "RANK, WORLD_SIZE and LOCAL_RANK must be numbers" in err
+    assert "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers" in err
 
 
 def test_workers_under_torchrun(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -500,18 +504,48 @@ def test_number_of_workers(run: Run, tmp_path: Path, number: str) -> None:
     assert "--workers" in err
 
 
+@contextmanager
+def two(_workers: int | None) -> Iterator[Ranks]:
+    yield Ranks(Place(0, 2, 0))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(("m", "--refine", "4"), "--refine"), (("--curves", "c"), "needs MODEL")],
+    [(("m", "--refine", "4"), "--refine"), (("--curves", "c"), "needs MODEL"), (("m", "--skip-bad"), "--skip-bad")],
 )
 def test_what_ranks_cannot_share(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: tuple[str, ...], said: str
 ) -> None:
-    @contextmanager
-    def two(_workers: int | None) -> Iterator[Ranks]:
-        yield Ranks(Place(0, 2, 0))
-
     monkeypatch.setattr("xcalib.cli.search.joined", two)
     code, out, err = run("search", *arguments, "--out", tmp_path / "p.yaml")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert said in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_ranks_of_a_collection_skip_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("xcalib.cli.app.joined", two)
+    code, out, err = run("collect", "m", "--skip-bad", "--out", tmp_path / "c")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: --skip-bad (skip_bad) goes with one process: ranks do not agree on the samples that are left out; run without "
+        "--workers and torchrun, or take the bad samples out of the data\n"
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_memory_that_runs_out_on_a_rank_ends_all_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an error that was expected: the other ranks print it."""
+    told: list[tuple[int, str | None]] = []
+
+    class One(Ranks):
+        def leave(self, code: int, message: str | None = None) -> None:
+            told.append((code, message))
+
+    monkeypatch.setattr(workers, "_open", One)
+    with pytest.raises(torch.OutOfMemoryError), workers.joined(None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
+    ((code, message),) = told
+    assert code == 2
+    assert message is not None
+    assert message.startswith("memory ran out (CUDA out of memory. Tried to allocate 20.00 GiB.): lower --max-length")

@@ -123,17 +123,8 @@ def test_a_killed_rank_is_named_and_any_number_goes_on(here: Path, expected: Pat
 def test_search_in_several_processes_gives_the_same_profile(here: Path, run: Run) -> None:
     search = [
         *("search", "tiny", "--data", "builtin", "--num-samples", "3", "--max-length", "448", "--block-size", "64"),
-        *(
-            "--target",
-            "a:density=0.7",
-            "--rounds",
-            "1",
-            "--heldout-samples",
-            "1",
-            "--force",
-            "--pattern",
-            "antidiagonal",
-        ),
+        *("--target", "a:density=0.7", "--rounds", "1", "--heldout-samples", "1", "--force"),
+        *("--pattern", "antidiagonal"),  # by rows no step is tried here
     ]
     code, _, err = run(*search, "--out", "one.yaml", "--work", "one")
     assert code == 0, err
@@ -173,6 +164,13 @@ def test_one_job_at_a_time(here: Path) -> None:
     assert code == 2 and err.count("error:") == 1
     assert re.search(rf"^error: p.yaml: {me}", err, re.MULTILINE)
     assert not (here / "w").exists()
+
+
+def test_bad_samples_are_not_skipped_by_ranks(here: Path) -> None:
+    code, out, err = ended(start(*XCALIB, *COLLECT, "--skip-bad", "--out", "c", "--workers", 2, cwd=here))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: --skip-bad (skip_bad) goes with one process")
+    assert not (here / "c").exists()
 
 
 def test_hosts_that_share_no_disk(here: Path, expected: Path) -> None:

@@ -63,6 +63,7 @@ OTHER: dict[str, Any] = {
     "work": "some/work",
     "device": "cpu",
     "device_map": "auto",
+    "max_memory": "8G",
     "dtype": "bfloat16",
 }
 

@@ -17,7 +17,9 @@ __all__ = [
     "BusyError",
     "CurvesError",
     "DataError",
+    "MemoryLimitError",
     "ModelError",
+    "NonFiniteError",
     "PlanError",
     "ProfileError",
     "RankError",
@@ -40,6 +42,27 @@ class DataError(XcalibError):
 
 class ModelError(XcalibError):
     """The model cannot be loaded, measured or patched, or is not the one a profile was made for."""
+
+
+class NonFiniteError(ModelError):
+    """Activations, gradients or logits hold NaN or infinite numbers; the message names the layer where it is known.
+
+    Attributes:
+        reason: the message without the sample.
+        sample: index in the set that was measured, None where it is not known.
+    """
+
+    def __init__(self, reason: str, sample: int | None = None) -> None:
+        super().__init__(reason, sample)  # both, so that the error can be pickled
+        self.reason = reason
+        self.sample = sample
+
+    def __str__(self) -> str:
+        return self.reason if self.sample is None else f"sample {self.sample}: {self.reason}"
+
+
+class MemoryLimitError(XcalibError):
+    """The work does not fit into memory, or into what it was allowed."""
 
 
 class CurvesError(XcalibError):

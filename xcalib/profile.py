@@ -370,10 +370,11 @@ class Calibration(_Model):
 
     Lengths are in tokens; documents are the hex hashes of its texts, so that an evaluation can refuse them; dropped
     counts the samples left out, by reason. lengths: what was asked of the longest samples, one for each length bin; None in
-    files written before there were several.
+    files written before there were several. skipped: samples that were left out because the model's numbers on them were not
+    finite.
     """
 
-    _later = frozenset({"lengths"})
+    _later = frozenset({"lengths", "skipped"})
 
     sources: Rows[Text]
     samples: Whole
@@ -385,6 +386,7 @@ class Calibration(_Model):
     gain_samples: Whole = 0
     dropped: Annotated[dict[Key, Whole], AfterValidator(_FrozenDict)] = Field(default_factory=_FrozenDict)
     lengths: tuple[Count, ...] | None = None
+    skipped: Whole = 0
 
     @_model_validator(mode="after")
     def _check(self) -> "Calibration":

@@ -23,6 +23,13 @@ def main() -> None:
         _fail(str(error))
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted", code=130)
+    except (RuntimeError, MemoryError) as error:
+        from xcalib.collect.chunks import memory_error
+
+        known = memory_error(error)
+        if known is None:
+            raise
+        _fail(str(known))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}")

@@ -25,6 +25,7 @@ from xcalib.cli.search import search
 from xcalib.cli.show import render_profile, unverified_points
 from xcalib.cli.workers import Workers, joined, refuse_ranks
 from xcalib.collect import collect_lengths
+from xcalib.collect.skipping import refuse_skipping
 from xcalib.collect.units import Units
 from xcalib.data import pooled
 from xcalib.errors import XcalibError
@@ -89,6 +90,8 @@ def collect(
     order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
     measure: opt.Measures = None,
+    max_memory: opt.MaxMemory = None,
+    skip_bad: opt.SkipBad = False,
     device: opt.Device = None,
     device_map: opt.DeviceMap = None,
     offload: opt.Offload = False,
@@ -107,7 +110,9 @@ def collect(
         return
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples, measure or ())
+    limit = opt.memory_limit(max_memory)
     with joined(workers) as ranks:
+        refuse_skipping(skip_bad, ranks)
         with ranks.together():
             loaded = opt.open_model(model, device, dtype, trust_remote_code, device_map, offload, ranks)
             samples = opt.read_sets(
@@ -115,8 +120,8 @@ def collect(
             )
         with resumable("run the same command with --resume"):
             sets = collect_lengths(
-                loaded.model, samples, out, settings=settings, name=model, resume=resume, offload=offload,
-                progress=progress, ranks=ranks,
+                loaded.model, samples, out, settings=settings, name=model, resume=resume, max_memory=limit, skip_bad=skip_bad,
+                offload=offload, progress=progress, ranks=ranks,
             )  # fmt: skip
         report_curves(sets, out, as_json)
 
@@ -148,6 +153,7 @@ def evaluate(
     min_length: opt.MinLength = None,
     seed: opt.Seed = 0,
     work: Annotated[Path | None, typer.Option(help="Keep finished samples in this folder, for --resume.")] = None,
+    skip_bad: opt.SkipBad = False,
     device: opt.Device = None,
     device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
@@ -191,8 +197,9 @@ def evaluate(
         units = Units(work, identity, resume=resume)
     with resumable("run the same command with --resume" if work else "give --work FOLDER to be able to --resume"):
         found = evaluate_plans(
-            loaded.model, samples, plans, tokenizer=loaded.tokenizer, lengths=tokens, units=units, progress=progress
-        )
+            loaded.model, samples, plans, tokenizer=loaded.tokenizer, lengths=tokens, units=units, skip_bad=skip_bad,
+            progress=progress,
+        )  # fmt: skip
     console.print(evaluation_table(found, f"{model}: dense against sparse, held out"))
     if found.by_length:
         console.print(evaluation_by_length(found))

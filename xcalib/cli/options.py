@@ -11,6 +11,7 @@ from xcalib._files import remove_left_overs
 from xcalib._lock import Lock, lock_file
 from xcalib.cli.output import console, quiet_libraries, status
 from xcalib.collect import CollectSettings, Curves, Measure, measured_length
+from xcalib.collect.budget import parse_memory
 from xcalib.collect.ranks import ALONE, Ranks
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, parse_lengths, parse_specs
 from xcalib.errors import CurvesError, DataError
@@ -128,6 +129,21 @@ Offload = Annotated[
 Dtype = Annotated[str, typer.Option(callback=one_of("auto", *DTYPES), help="auto, float32, float16 or bfloat16.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")]
 FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Stay within 8G, 600M, ...: heads are measured fewer at a time, with the same figures; refused at once if nothing "
+        "helps. On a CPU of the whole process, on a GPU of tensors (docs/memory.md).",
+    ),
+]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Leave out samples on which the model's numbers are NaN or infinite, up to half of them, and count them.",
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run finished.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
@@ -147,6 +163,11 @@ def collect_settings(
     return CollectSettings(
         stride=stride, block_size=block_size, pattern=pattern, order=order, gain_samples=gain_samples, measures=chosen
     )
+
+
+def memory_limit(text: str | None) -> int | None:
+    """``--max-memory`` in bytes; MemoryLimitError where it is no size."""
+    return None if text is None else parse_memory(text)
 
 
 def work_folder(model: str, work: Path | None) -> Path:

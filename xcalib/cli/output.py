@@ -129,9 +129,10 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
         )
         _add_ends(table, evaluation, plan.kl_interval, plan.accuracy_interval)
     asked = f", {evaluation.asking} with a question" if evaluation.asking else ""
+    skipped = f" ({evaluation.skipped} skipped)" if evaluation.skipped else ""
     sure = "intervals are bootstrapped over samples" if evaluation.samples > 1 else "no interval from 1 sample"
     table.caption = (
-        f"{evaluation.samples} samples{asked}, {evaluation.tokens:,} tokens from {', '.join(evaluation.sources)}; "
+        f"{evaluation.samples} samples{skipped}{asked}, {evaluation.tokens:,} tokens from {', '.join(evaluation.sources)}; "
         f"KL in nats per token; {sure}"
     )
     return table

@@ -21,7 +21,7 @@ __all__ = ["RecipeIn", "RecipeOut", "options_of", "values_of", "with_recipe", "w
 
 # Of one machine or one run: a profile does not keep them, nor may one turn them on for who runs its recipe.
 NOT_KEPT = {
-    *("out", "work", "curves", "storage", "device", "device_map", "offload", "workers", "json"),
+    *("out", "work", "curves", "storage", "device", "device_map", "offload", "workers", "max_memory", "json"),
     *("resume", "overwrite", "force", "trust_remote_code"),
 }
 _OURS = {"recipe", "write_recipe"}

@@ -15,6 +15,7 @@ from xcalib.cli.refine import refining
 from xcalib.cli.workers import Workers, joined, speaks
 from xcalib.collect import Curves, load_curve_sets
 from xcalib.collect.ranks import Ranks
+from xcalib.collect.skipping import refuse_skipping
 from xcalib.data import SampleSet, parse_specs, pooled
 from xcalib.errors import ModelError
 from xcalib.models.structure import describe_model
@@ -83,6 +84,8 @@ def search(
     work: Annotated[
         Path | None, typer.Option(help="Folder for curves and unfinished work; default xcalib-out/MODEL.")
     ] = None,
+    max_memory: opt.MaxMemory = None,
+    skip_bad: opt.SkipBad = False,
     device: opt.Device = None,
     device_map: opt.DeviceMap = None,
     offload: opt.Offload = False,
@@ -112,6 +115,7 @@ def search(
     targets = parse_targets(target or [])
     if speaks():
         opt.check_output(out, overwrite)
+    limit = opt.memory_limit(max_memory)
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
     _check_model(model, curves, refine_trials)
@@ -119,6 +123,7 @@ def search(
     chosen: dict[str, Any] = {"method": method, "objective": objective, "start_threshold": start_threshold}
     with joined(workers) as ranks:
         _check_shared(model, refine_trials, ranks)
+        refuse_skipping(skip_bad, ranks)
         with ranks.together():
             if ranks.leader:  # not the launcher of --workers, which would hold it against its own rank 0
                 context.call_on_close(opt.take_output(out, overwrite).close)
@@ -155,7 +160,8 @@ def search(
             profile = search_model(
                 loaded.model, samples, target=target or (), tokenizer=loaded.tokenizer, heldout=heldout, settings=settings,
                 rounds=rounds, curves=measured, folder=folder, name=model, resume=resume, force=force, adjust=adjust,
-                save=lambda found: save_profile(made(found), out), offload=offload, progress=progress, ranks=ranks, **chosen,
+                save=lambda found: save_profile(made(found), out), max_memory=limit, skip_bad=skip_bad, offload=offload,
+                progress=progress, ranks=ranks, **chosen,
             )  # fmt: skip
         if measured is not None:
             _say_without_rounds(rounds, method, measured, samples)

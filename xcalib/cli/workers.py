@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from xcalib.cli.output import console
+from xcalib.collect.chunks import memory_error
 from xcalib.collect.ranks import LAUNCHED, Place, Ranks, describe
 from xcalib.collect.watch import KEPT, LOST
 from xcalib.errors import RankError, XcalibError
@@ -73,9 +74,10 @@ def joined(workers: int | None) -> Iterator[Ranks]:
         try:
             yield ranks
         except BaseException as error:
-            code = _code_of(error)
+            told = memory_error(error) or error
+            code = _code_of(told)
             if code is not None:
-                ranks.leave(code, describe(error) if isinstance(error, Exception) and code == 2 else None)
+                ranks.leave(code, describe(told) if isinstance(told, Exception) and code == 2 else None)
             raise
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from xcalib.collect.budget import chunks_within, collect_phases
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import DEFAULT_GRID, CollectSettings, Curves, Measure, save_curves
 from xcalib.collect.hidden import HiddenStates
 from xcalib.collect.job import Job
@@ -21,6 +23,7 @@ from xcalib.collect.ranks import ALONE, Ranks
 from xcalib.collect.reading import load_curves
 from xcalib.collect.shared_units import SharedUnits
 from xcalib.collect.shares import Shares, open_units
+from xcalib.collect.skipping import Skipping, UnitStore, refuse_skipping
 from xcalib.data import SampleSet, check_sets
 from xcalib.errors import ModelError
 from xcalib.models.shards import HeadShards, head_shards
@@ -37,6 +40,7 @@ __all__ = [
     "load_curve_sets",
     "load_curves",
     "measured_length",
+    "refuse_with_offload",
     "save_curves",
 ]
 
@@ -50,6 +54,8 @@ def collect(
     name: str | None = None,
     resume: bool = False,
     offload: bool = False,
+    max_memory: int | None = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> Curves:
@@ -66,6 +72,9 @@ def collect(
         name: what the user calls the model.
         resume: go on with what ``folder`` holds, with any number of ranks.
         offload: take all samples through one layer at a time (docs/large-models.md); the curves are the same.
+        max_memory: bytes that the peak is predicted to stay within (docs/memory.md): heads are measured fewer at a time, with the
+            same figures. On a CPU of this process, on a GPU of its tensors; None for no limit.
+        skip_bad: leave out samples that give numbers that are not finite, up to half of them, in place of an error; one rank.
         progress: draws the work.
         ranks: processes that share the samples (docs/many-gpus.md); each has its own copy of the model and the same samples, and
             gets the curves. Rank 0 writes them.
@@ -73,12 +82,21 @@ def collect(
     Raises:
         BusyError: another process is at work in the folder.
         CurvesError: the folder cannot be used, or the disk is full.
-        ModelError: the model cannot be measured, or its activations are not finite.
-        RankError: another rank failed.
+        MemoryLimitError: no part of the work is small enough.
+        ModelError: the model cannot be measured, or not with ``offload`` and another of the options.
+        NonFiniteError: activations are not finite, without ``skip_bad`` or in more than half of the samples.
+        RankError: another rank failed, or there are several and ``skip_bad`` is set.
     """
+    refuse_skipping(skip_bad, ranks)
     settings = settings or CollectSettings()
     identity = describe_model(model, name)
     shards = _shards(model, offload, ranks)
+    chunks = HeadChunks()
+    if offload:
+        refuse_with_offload(max_memory, skip_bad)
+    else:
+        with ranks.together():  # hosts may have more memory or less
+            chunks = chunks_within(model, (samples,), settings, collect_phases(settings), max_memory, ranks)
     asked = _identity(identity.model_dump(), model, samples, settings)
     opened = SharedUnits(folder, asked, shards, resume=resume) if shards.size > 1 else None
     with opened or open_units(folder, asked, resume=resume, ranks=ranks) as units:
@@ -87,19 +105,35 @@ def collect(
             curves = _load_on_all(units.folder, ranks)
             units.discard()  # killed before it could
             return curves
-        job = Job(model, identity.query_heads, samples, settings, Shares(units, progress, ranks))
-        if offload:
-            curves = _layer_by_layer(job, LayerPasses(model, identity.query_heads, samples, settings, units, progress))
-        else:
-            curves = job.measure_joint(job.measure_gains(job.measure_samples()))
-        curves = job.measure_others(curves)
-        curves = dataclasses.replace(curves, model=identity.model_dump(), calibration=_calibration(samples, settings))
+        skipping = Skipping(samples, units, allowed=skip_bad, ranks=ranks)
+
+        def measure(kept: SampleSet, store: UnitStore | None) -> Curves:
+            job = Job(model, identity.query_heads, kept, settings, Shares(store or units, progress, ranks), chunks)
+            if offload:
+                passes = LayerPasses(model, identity.query_heads, kept, settings, units, progress)
+                curves = _layer_by_layer(job, passes)
+            else:
+                curves = job.measure_joint(job.measure_gains(job.measure_samples()))
+            curves = job.measure_others(curves)
+            return dataclasses.replace(curves, calibration=_calibration(kept, settings, len(samples.samples)))
+
+        curves = skipping.run(measure)
+        curves = dataclasses.replace(curves, model=identity.model_dump(), skipped=tuple(sorted(skipping.reasons)))
         with ranks.together():
             if ranks.leader and shards.rank == 0:
                 save_curves(curves, units.folder)
                 HiddenStates(units.folder / "hidden").discard()
         units.discard()
     return curves
+
+
+def refuse_with_offload(max_memory: int | None, skip_bad: bool) -> None:
+    """Refuse what a collection layer by layer does not do; ModelError names it."""
+    given = "--max-memory (max_memory)" if max_memory is not None else "--skip-bad (skip_bad)" if skip_bad else ""
+    if given:
+        raise ModelError(
+            f"{given} goes without offload: it holds one layer and takes all samples through it; leave it out"
+        )
 
 
 def _shards(model: Any, offload: bool, ranks: Ranks) -> HeadShards:
@@ -143,6 +177,8 @@ def collect_lengths(
     name: str | None = None,
     resume: bool = False,
     offload: bool = False,
+    max_memory: int | None = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> tuple[Curves, ...]:
@@ -157,25 +193,32 @@ def collect_lengths(
         name: what the user calls the model.
         resume: go on with what ``folder`` holds, with any number of ranks.
         offload: take all samples through one layer at a time (docs/large-models.md); the curves are the same.
+        max_memory: as in :func:`collect`.
+        skip_bad: as in :func:`collect`.
         progress: draws the work.
         ranks: as in :func:`collect`.
 
     Raises:
         CurvesError: the folder cannot be used, or holds other lengths.
         DataError: as :func:`xcalib.data.check_sets`.
-        ModelError: the model cannot be measured, or its activations are not finite.
-        RankError: another rank failed.
+        MemoryLimitError, ModelError, NonFiniteError, RankError: as :func:`collect`.
     """
+    refuse_skipping(skip_bad, ranks)
     options: dict[str, Any] = {
         "settings": settings,
         "name": name,
         "resume": resume,
         "offload": offload,
+        "max_memory": max_memory,
+        "skip_bad": skip_bad,
         "ranks": ranks,
     }
     if len(sets) == 1:
         return (collect(model, sets[0], folder, progress=progress, **options),)
     check_sets(sets)
+    chosen = settings or CollectSettings()
+    with ranks.together():  # refused before the first length runs
+        chunks_within(model, sets, chosen, collect_phases(chosen), max_memory, ranks)
     lengths = [samples.length for samples in sets]
     root = Path(folder)
     with ranks.together():
@@ -216,8 +259,9 @@ def _identity(
     }
 
 
-def _calibration(samples: SampleSet, settings: CollectSettings) -> dict[str, Any]:
+def _calibration(samples: SampleSet, settings: CollectSettings, given: int) -> dict[str, Any]:
     lengths = [len(sample.tokens) for sample in samples.samples]
+    skipped = given - len(lengths)
     return {
         "sources": list(samples.specs),
         "samples": len(lengths),
@@ -229,4 +273,5 @@ def _calibration(samples: SampleSet, settings: CollectSettings) -> dict[str, Any
         "gain_samples": min(settings.gain_samples, len(lengths)),
         "dropped": dict(samples.dropped),
         "lengths": [samples.length],
+        **({"skipped": skipped} if skipped else {}),
     }

@@ -101,6 +101,7 @@ class Curves:
             second order (:mod:`xcalib.collect.fisher`); None unless the settings' ``measures`` name it.
         mass: fp64 ``(samples, layers, heads, levels)``, sum over tokens of the attention probability outside the kept blocks;
             None unless the settings' ``measures`` name it.
+        skipped: indices, in the set that was given, of samples that were left out for numbers that are not finite.
     """
 
     settings: CollectSettings
@@ -120,6 +121,7 @@ class Curves:
     dense_reasons: dict[str, int] = field(default_factory=dict)
     fisher: np.ndarray | None = None
     mass: np.ndarray | None = None
+    skipped: tuple[int, ...] = ()
 
     @property
     def grid(self) -> np.ndarray:
@@ -198,6 +200,7 @@ def save_curves(curves: Curves, folder: Path) -> None:
         "calibration": curves.calibration,
         "layers": list(curves.layers),
         "dense_reasons": curves.dense_reasons,
+        **({"skipped": list(curves.skipped)} if curves.skipped else {}),
     }
     write_atomically(folder / "curves.safetensors", save(arrays))
     write_atomically(folder / "curves.json", json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")

@@ -20,9 +20,10 @@ import torch
 from torch.nn import functional
 
 from xcalib.collect.backward import differentiable, gradient_by_chunks, masked_attention
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import CollectSettings
 from xcalib.collect.measure import each_layer, sweep_call
-from xcalib.errors import ModelError
+from xcalib.errors import NonFiniteError
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.logits import LogitHead, sampled_positions
 from xcalib.models.shards import head_shards
@@ -34,9 +35,10 @@ __all__ = ["FisherMeter", "square_roots"]
 class FisherMeter:
     """Gradients of samples, and output errors weighted with their covariance, on one model."""
 
-    def __init__(self, model: Any, settings: CollectSettings) -> None:
+    def __init__(self, model: Any, settings: CollectSettings, chunks: HeadChunks | None = None) -> None:
         self._model = model
         self._settings = settings
+        self._chunks = chunks or HeadChunks()
         self._head = LogitHead(model)
         self._shards = head_shards(model)
 
@@ -59,7 +61,7 @@ class FisherMeter:
             fp64 ``(layers, heads, head_dim, head_dim)``; g is taken before W_o.
 
         Raises:
-            ModelError: gradients are not finite.
+            NonFiniteError: gradients are not finite.
         """
         grams: dict[int, torch.Tensor] = {}
         seen: set[int] = set()
@@ -87,7 +89,7 @@ class FisherMeter:
         for layer, gram in grams.items():
             if not bool(gram.isfinite().all()):
                 name = type(self._model).__name__
-                raise ModelError(f"layer {layer} of {name}: its gradients hold NaN or infinite numbers")
+                raise NonFiniteError(f"layer {layer} of {name}: its gradients hold NaN or infinite numbers")
         return torch.stack([grams[layer] for layer in layers]).numpy()
 
     def _score_gradient(self, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -117,7 +119,7 @@ class FisherMeter:
 
         def measure(call: AttentionCall) -> torch.Tensor:
             root = self._shards.own(roots[call.layer], call.query.shape[1]).to(call.query.device)
-            return sweep_call(call, root, self._settings).error
+            return sweep_call(call, root, self._settings, self._chunks).error
 
         return each_layer(self._model, tokens, tuple(roots), measure, advance) / 2
 

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 
 from xcalib.collect.allocate import TEMPER, allocate
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import CollectSettings, Curves
 from xcalib.collect.gains import GainMeter
 from xcalib.collect.measure import SampleCurves, Sweeper
 from xcalib.collect.measures import Measures
 from xcalib.collect.shares import Advance, Arrays, Shares
+from xcalib.collect.skipping import of_sample
 from xcalib.data import SampleSet
 from xcalib.errors import CurvesError, ModelError
 from xcalib.models.placement import input_device
@@ -32,17 +34,19 @@ class Job:
         samples: SampleSet,
         settings: CollectSettings,
         shares: Shares,
+        chunks: HeadChunks,
     ) -> None:
         self._model = model
         self._heads = query_heads
         self._samples = samples
         self._settings = settings
         self._shares = shares
+        self._chunks = chunks
 
     # Made when first used: a resumed collection may have nothing left for them.
     @cached_property
     def _sweeper(self) -> Sweeper:
-        return Sweeper(self._model, self._settings, self._heads)
+        return Sweeper(self._model, self._settings, self._heads, self._chunks)
 
     @cached_property
     def _meter(self) -> GainMeter:
@@ -59,8 +63,10 @@ class Job:
         reasons: dict[str, int] = {}
         for unit in done:
             reasons |= json.loads(bytes(unit["reasons"]))
-        sums = {key: np.stack([unit[key] for unit in done]) for key in ("error", "energy", "kept", "visible", "tokens")}
-        empty = {key: np.zeros(0) for key in ("gain", "gain_kl", "gain_error", "joint_sum", "joint_kl")}
+        sums: dict[str, Any] = {
+            key: np.stack([unit[key] for unit in done]) for key in ("error", "energy", "kept", "visible", "tokens")
+        }
+        empty: dict[str, Any] = {key: np.zeros(0) for key in ("gain", "gain_kl", "gain_error", "joint_sum", "joint_kl")}
         return Curves(self._settings, model={}, calibration={}, layers=layers, dense_reasons=reasons, **sums, **empty)
 
     def measure_gains(self, curves: Curves) -> Curves:
@@ -104,7 +110,7 @@ class Job:
         if not self._settings.measures:
             return curves
         tokens = [self._tokens(index) for index in range(len(self._samples.samples))]
-        others = Measures(self._model, tokens, self._settings, self._each)
+        others = Measures(self._model, tokens, self._settings, self._each, self._chunks)
         steps = {"fisher": others.fisher, "mass": others.mass}
         found: dict[str, Any] = {name: steps[name](curves.layers) for name in self._settings.measures}
         return dataclasses.replace(curves, **found)
@@ -121,9 +127,17 @@ class Job:
         *,
         local: tuple[str, ...] = (),
     ) -> Iterator[Arrays]:
-        """Units of one kind, one for each of the first samples, on all ranks; ``steps`` of progress each."""
+        """Units of one kind, one for each of the first samples, on all ranks; ``steps`` of progress each.
+
+        Errors name the sample.
+        """
+
+        def one(index: int, advance: Advance) -> Arrays:
+            with of_sample(index):
+                return measure(index, advance)
+
         names = [f"{kind}-{index:05d}" for index in range(len(steps))]
-        return self._shares.each(what, names, measure, steps, local=local)
+        return self._shares.each(what, names, one, steps, local=local)
 
     def _hidden(self, index: int) -> np.ndarray:
         """The dense model's last hidden states where gains are measured, from this rank's disk if it is there."""
@@ -134,17 +148,16 @@ class Job:
         return unit["hidden"]
 
     def _sweep(self, index: int, advance: Advance) -> Arrays:
-        try:
-            return as_unit(self._sweeper.measure(self._tokens(index), advance))
-        except ModelError as error:
-            raise ModelError(f"sample {index}: {error}") from error
+        return as_unit(self._sweeper.measure(self._tokens(index), advance))
 
 
 def check_lengths(samples: SampleSet, settings: CollectSettings) -> None:
     """Raise CurvesError where a sample is too short to measure a KL on."""
     shortest = min(len(sample.tokens) for sample in samples.samples)
     if shortest < settings.gain_every:
-        raise CurvesError(f"gain_every is {settings.gain_every}, but a sample has only {shortest} tokens")
+        raise CurvesError(
+            f"gain_every is {settings.gain_every}, but a sample has only {shortest} tokens: leave out what is so short"
+        )
 
 
 def gain_levels(curves: Curves) -> np.ndarray:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import CollectSettings
-from xcalib.collect.measure import SampleCurves, energy_hook, gather_layers, output_bias, sweep_call
-from xcalib.errors import ModelError
+from xcalib.collect.measure import SampleCurves, energy_hook, gather_layers, output_bias, sweep_call, sweep_error
 from xcalib.kernels import SweepResult
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.structure import attention_layers, compact_projection, head_projection
@@ -28,6 +28,7 @@ class LayerSweep:
         self._heads = query_heads
         self._layers = {layer.index: layer for layer in attention_layers(model)}
         self._projected: tuple[int, torch.Tensor, torch.Tensor | None] | None = None
+        self._chunks = HeadChunks()
         self._found: Arrays = {}
 
     @contextmanager
@@ -77,11 +78,9 @@ class LayerSweep:
             return
         projection, _ = self._project(call.layer)
         try:
-            result = sweep_call(call, projection.to(call.query.device), self._settings)
+            result = sweep_call(call, projection.to(call.query.device), self._settings, self._chunks)
         except ValueError as error:
-            raise ModelError(
-                f"layer {call.layer} of {type(self._model).__name__} cannot be measured: {error}"
-            ) from error
+            raise sweep_error(call, self._model, error) from error
         self._found = {"error": result.error.cpu().numpy(), "kept": result.kept.cpu().numpy()}
 
     def _project(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -7,16 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import CollectSettings
-from xcalib.errors import ModelError
+from xcalib.errors import ModelError, NonFiniteError
 from xcalib.kernels import SweepResult, sweep_thresholds, visible_blocks
+from xcalib.kernels.arguments import NonFiniteValueError
 from xcalib.models.attention import AttentionCall, patch_attention
+from xcalib.models.finite import hidden_state_error
 from xcalib.models.logits import sampled_positions
 from xcalib.models.placement import materialised
 from xcalib.models.shards import head_shards, local_tensor
 from xcalib.models.structure import AttentionLayer, attention_layers, compact_projection, decoder_of, head_projection
 
-__all__ = ["SampleCurves", "Sweeper", "each_layer", "energy_hook", "gather_layers", "output_bias", "sweep_call"]
+__all__ = [
+    "SampleCurves",
+    "Sweeper",
+    "each_layer",
+    "energy_hook",
+    "gather_layers",
+    "output_bias",
+    "sweep_call",
+    "sweep_error",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +59,12 @@ class SampleCurves:
 class Sweeper:
     """Measures samples on one model; the projections W_o are read once."""
 
-    def __init__(self, model: Any, settings: CollectSettings, query_heads: int) -> None:
+    def __init__(
+        self, model: Any, settings: CollectSettings, query_heads: int, chunks: HeadChunks | None = None
+    ) -> None:
         self._model = model
         self._settings = settings
+        self._chunks = chunks or HeadChunks()
         self._layers = {layer.index: layer for layer in attention_layers(model)}
         self._projections = {
             index: compact_projection(head_projection(layer, query_heads)) for index, layer in self._layers.items()
@@ -62,7 +77,8 @@ class Sweeper:
         """Run int64 ``(length,)`` tokens once, densely, and sweep every layer on the way; ``advance`` is called per layer.
 
         Raises:
-            ModelError: activations are not finite, or no layer can be sparse.
+            NonFiniteError: activations are not finite.
+            ModelError: no layer can be sparse.
         """
         results: dict[int, Any] = {}
         energies: dict[int, float] = {}
@@ -86,19 +102,24 @@ class Sweeper:
             for hook in hooks:
                 hook.remove()
         if not bool(hidden.isfinite().all()):  # after the last attention, so no sweep has seen them
-            raise ModelError(f"{type(self._model).__name__}: the last hidden states hold NaN or infinite numbers")
+            raise hidden_state_error(self._model, tokens)
         compared = hidden[sampled_positions(self._settings.gain_every)].float().cpu().numpy()
         name = type(self._model).__name__
         return gather_layers(results, energies, reasons, len(tokens), compared, self._settings, name)
 
     def _sweep(self, call: AttentionCall) -> SweepResult:
         try:
-            found = sweep_call(call, self._projections[call.layer].to(call.query.device), self._settings)
+            projection = self._projections[call.layer].to(call.query.device)
+            found = sweep_call(call, projection, self._settings, self._chunks)
         except ValueError as error:
-            raise ModelError(
-                f"layer {call.layer} of {type(self._model).__name__} cannot be measured: {error}"
-            ) from error
+            raise sweep_error(call, self._model, error) from error
         return SweepResult(self._shards.all(found.error), self._shards.all(found.kept), found.visible)
+
+
+def sweep_error(call: AttentionCall, model: Any, error: ValueError) -> ModelError:
+    """What a sweep that failed means to the user."""
+    kind = NonFiniteError if isinstance(error, NonFiniteValueError) else ModelError
+    return kind(f"layer {call.layer} of {type(model).__name__} cannot be measured: {error}")
 
 
 def gather_layers(
@@ -131,19 +152,28 @@ def gather_layers(
     )
 
 
-def sweep_call(call: AttentionCall, projection: torch.Tensor, settings: CollectSettings) -> SweepResult:
+def sweep_call(
+    call: AttentionCall, projection: torch.Tensor, settings: CollectSettings, chunks: HeadChunks
+) -> SweepResult:
     """The sweep of one attention call; projection and errors as in :func:`xcalib.kernels.sweep_thresholds`."""
-    return sweep_thresholds(
-        call.query,
-        call.key,
-        call.value,
-        torch.tensor(settings.grid, dtype=torch.float64),
-        projection,
-        stride=settings.stride,
-        block_size=settings.block_size,
-        scale=call.scale,
-        pattern=settings.pattern,
-        order=settings.order,
+
+    def sweep(part: AttentionCall, heads: slice) -> SweepResult:
+        return sweep_thresholds(
+            part.query,
+            part.key,
+            part.value,
+            torch.tensor(settings.grid, dtype=torch.float64),
+            projection[heads],
+            stride=settings.stride,
+            block_size=settings.block_size,
+            scale=part.scale,
+            pattern=settings.pattern,
+            order=settings.order,
+        )
+
+    parts = chunks.map(call, sweep)
+    return SweepResult(
+        torch.cat([part.error for part in parts]), torch.cat([part.kept for part in parts]), parts[0].visible
     )
 
 

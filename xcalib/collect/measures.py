@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import CollectSettings
 from xcalib.collect.fisher import FisherMeter, square_roots
 from xcalib.collect.measure import each_layer
 from xcalib.collect.shares import Advance, Arrays
-from xcalib.errors import ModelError
 from xcalib.kernels.mass import dropped_mass
 from xcalib.models.attention import AttentionCall
 
@@ -27,10 +27,19 @@ class Measures:
         model: a transformers causal language model.
         samples: tokens of each, int64 ``(length,)``.
         settings: of the collection.
-        each: gives the units of all samples: from disk, or measured and kept.
+        each: gives the units of all samples: from disk, or measured and kept, errors naming the sample.
+        chunks: heads that are measured at a time.
     """
 
-    def __init__(self, model: Any, samples: Sequence[torch.Tensor], settings: CollectSettings, each: Each) -> None:
+    def __init__(
+        self,
+        model: Any,
+        samples: Sequence[torch.Tensor],
+        settings: CollectSettings,
+        each: Each,
+        chunks: HeadChunks | None = None,
+    ) -> None:
+        self._chunks = chunks or HeadChunks()
         self._model = model
         self._samples = samples
         self._settings = settings
@@ -42,9 +51,9 @@ class Measures:
         The unit of a sample's gradients takes 8 bytes x layers x heads x head_dim^2: 134 MB with 32 layers of 32 heads of 128.
 
         Raises:
-            ModelError: gradients are not finite.
+            NonFiniteError: gradients are not finite.
         """
-        meter = FisherMeter(self._model, self._settings)
+        meter = FisherMeter(self._model, self._settings, self._chunks)
 
         def gradients(index: int, advance: Advance) -> Arrays:
             # seeds of their own: samples may begin with the same tokens
@@ -66,29 +75,26 @@ class Measures:
         settings = self._settings
         grid = torch.tensor(settings.grid, dtype=torch.float64)
 
-        def dropped(call: AttentionCall) -> torch.Tensor:
+        def dropped(part: AttentionCall, _heads: slice) -> torch.Tensor:
             return dropped_mass(
-                call.query,
-                call.key,
+                part.query,
+                part.key,
                 grid,
                 stride=settings.stride,
                 block_size=settings.block_size,
-                scale=call.scale,
+                scale=part.scale,
                 pattern=settings.pattern,
                 order=settings.order,
             )
 
+        def of_call(call: AttentionCall) -> torch.Tensor:
+            return torch.cat(self._chunks.map(call, dropped))
+
         def mass(index: int, advance: Advance) -> Arrays:
-            return {"mass": each_layer(self._model, self._samples[index], layers, dropped, advance)}
+            return {"mass": each_layer(self._model, self._samples[index], layers, of_call, advance)}
 
         return np.stack([unit["mass"] for unit in self._each("mass", "attention mass", mass, len(layers))])
 
     def _each(self, name: str, what: str, measure: Callable[[int, Advance], Arrays], steps: int) -> Iterator[Arrays]:
-        def one(index: int, advance: Advance) -> Arrays:
-            try:
-                return measure(index, advance)
-            except ModelError as error:
-                raise ModelError(f"sample {index}: {error}") from error
-
         count = len(self._samples)
-        return self._shared(f"Measuring {what} of {count} samples", name, one, [steps] * count)
+        return self._shared(f"Measuring {what} of {count} samples", name, measure, [steps] * count)

@@ -39,22 +39,28 @@ VERDICT_SECONDS = 60.0  # between a connection that broke and the word about who
 
 @dataclass(frozen=True)
 class Place:
-    """Which rank this process is, of how many, and which one of its host."""
+    """Which rank this process is, of how many; which one of its host, of how many there."""
 
     rank: int
     size: int
     local: int
+    local_size: int = 1
 
     @classmethod
     def of_environment(cls) -> "Place | None":
-        """What ``torchrun`` or ``--workers`` said; None for a process by itself."""
+        """What ``torchrun`` or ``--workers`` said; None for a process by itself.
+
+        Without ``LOCAL_WORLD_SIZE`` all ranks count as on one host.
+        """
         if any(name not in os.environ for name in RANK_VARIABLES):
             return None
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         try:
-            rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+            rank, size, local = (int(os.environ[name]) for name in names)
+            here = min(max(int(os.environ.get("LOCAL_WORLD_SIZE", size)), 1), size)
         except ValueError as error:
-            raise RankError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}") from error
-        return cls(rank, size, local) if size > 1 else None
+            raise RankError(f"{', '.join(names)} and LOCAL_WORLD_SIZE must be numbers: {error}") from error
+        return cls(rank, size, local, here) if size > 1 else None
 
 
 class Ranks:
@@ -65,11 +71,12 @@ class Ranks:
     Attributes:
         rank: of this process, from 0.
         size: how many there are.
+        local_size: how many of them are on this host, and share its memory.
     """
 
     def __init__(self, place: Place | None = None, group: Any = None, watch: Watch | None = None) -> None:
         self.rank, self.size = (place.rank, place.size) if place else (0, 1)
-        self._local = place.local if place else 0
+        self._local, self.local_size = (place.local, place.local_size) if place else (0, 1)
         self._group = group
         self._watch = watch
 

@@ -73,6 +73,7 @@ def _read(root: Path) -> Curves:
         calibration=dict(record["calibration"]),
         layers=layers,
         dense_reasons=dict(record["dense_reasons"]),
+        skipped=TypeAdapter(tuple[int, ...]).validate_python(tuple(record.get("skipped", ())), strict=True),
         **{name: arrays[name] for name in names},
     )
 

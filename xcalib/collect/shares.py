@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from xcalib.collect.ranks import ALONE, Ranks
-from xcalib.collect.shared_units import SharedUnits
+from xcalib.collect.skipping import UnitStore
 from xcalib.collect.units import Units
 from xcalib.errors import CurvesError, RankError
 from xcalib.progress import Progress, silent
@@ -19,6 +19,7 @@ __all__ = ["Advance", "Arrays", "Shares", "open_units", "stamped_units"]
 
 Advance = Callable[[int], None]
 Arrays = dict[str, np.ndarray]
+MeasureUnit = Callable[[int, Advance], Arrays | None]
 
 
 def open_units(folder: Any, identity: Mapping[str, Any], *, resume: bool, ranks: Ranks = ALONE) -> Units:
@@ -52,7 +53,7 @@ class Shares:
         ranks: that share it.
     """
 
-    units: Units | SharedUnits | None = None
+    units: UnitStore | None = None
     progress: Progress = silent
     ranks: Ranks = ALONE
 
@@ -60,7 +61,7 @@ class Shares:
         self,
         what: str,
         names: Sequence[str],
-        measure: Callable[[int, Advance], Arrays],
+        measure: MeasureUnit,
         steps: Sequence[int],
         *,
         local: Collection[str] = (),
@@ -72,7 +73,8 @@ class Shares:
         Args:
             what: is done, for the progress.
             names: of the units on disk.
-            measure: makes the unit of an index, and advances the progress.
+            measure: makes the unit of an index, and advances the progress. One rank by itself may find that there is none to
+                make: None is left out.
             steps: of progress that each unit is worth.
             local: arrays that only stay on the disk of the rank that made them.
 
@@ -96,7 +98,7 @@ class Shares:
     def _one_by_one(
         self,
         names: Sequence[str],
-        measure: Callable[[int, Advance], Arrays],
+        measure: MeasureUnit,
         steps: Sequence[int],
         advance: Advance,
     ) -> Iterator[Arrays]:
@@ -106,12 +108,13 @@ class Shares:
                 unit = self._measured(index, name, measure, advance)
             else:
                 advance(steps[index])
-            yield unit
+            if unit is not None:
+                yield unit
 
     def _measure_share(
         self,
         names: Sequence[str],
-        measure: Callable[[int, Advance], Arrays],
+        measure: MeasureUnit,
         steps: Sequence[int],
         advance: Advance,
     ) -> tuple[np.ndarray, dict[int, Arrays]]:
@@ -124,6 +127,7 @@ class Shares:
         owner[missing] = np.arange(len(missing)) % ranks.size
         for index in missing[owner[missing] == ranks.rank].tolist():
             unit = self._measured(index, names[index], measure, advance)
+            assert unit is not None  # ranks make all units
             if self.units is None:
                 mine[index] = unit
         ranks.arrive()
@@ -147,11 +151,11 @@ class Shares:
             owner = ranks.lowest(owner)
         return owner
 
-    def _measured(self, index: int, name: str, measure: Callable[[int, Advance], Arrays], advance: Advance) -> Arrays:
+    def _measured(self, index: int, name: str, measure: MeasureUnit, advance: Advance) -> Arrays | None:
         if self.units is not None:
             self.units.begin(name)  # a rank looks for all units first
         unit = measure(index, advance)
-        if self.units is not None:
+        if self.units is not None and unit is not None:
             self.units.save(name, unit)
         return unit
 

@@ -86,16 +86,18 @@ class Drops:
 
     def summary(self) -> dict[str, int]:
         """Reason -> count, as in ``{"text:notes: not UTF-8 (a.txt, b.txt)": 2}``."""
-        result = {}
-        for (spec, reason), count in self._count.items():
-            names = [name for name in self._names[spec, reason] if not spec.endswith(name)]
-            shown = ", ".join(names) + (", ..." if count > len(names) else "")
-            result[f"{spec}: {reason} ({shown})" if names else f"{spec}: {reason}"] = count
-        return result
+        return {f"{spec}: {reason}{self._where(spec, reason)}": count for (spec, reason), count in self._count.items()}
+
+    def _where(self, spec: str, reason: str) -> str:
+        names = [name for name in self._names[spec, reason] if not spec.endswith(name)]
+        more = ", ..." if self._count[spec, reason] > len(names) else ""
+        return f" ({', '.join(names)}{more})" if names else ""
 
     def hint(self, spec: str) -> str:
-        """For an error message: what was dropped from this spec, or nothing."""
-        counts = [f"{count} {reason}" for (of, reason), count in self._count.items() if of == spec]
+        """For an error message: what was dropped from this spec, with the first few names, or nothing."""
+        counts = [
+            f"{count} {reason}{self._where(of, reason)}" for (of, reason), count in self._count.items() if of == spec
+        ]
         more = ", ..." if len(counts) > _REASONS_SHOWN else ""
         return f"; dropped: {', '.join(counts[:_REASONS_SHOWN])}{more}" if counts else ""
 

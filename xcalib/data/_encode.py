@@ -1,6 +1,7 @@
 """The few things that this package asks of a tokenizer, without importing transformers."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -10,6 +11,8 @@ import numpy as np
 from xcalib.data._sample import Tokens
 
 __all__ = ["Encoder", "Tokenizer"]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer(Protocol):
@@ -26,7 +29,9 @@ class Encoder:
         self.prefix = self._bos()
 
     def ids(self, text: str) -> Tokens:
-        """Ids of the text alone, shape (tokens,), int64."""
+        """Ids of the text alone, shape (tokens,), int64; a lone surrogate, which no tokenizer takes, is a question mark."""
+        if _SURROGATE.search(text):
+            text = text.encode("utf-8", "replace").decode("utf-8")
         with _length_warning_silenced():
             return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64).reshape(-1)
 

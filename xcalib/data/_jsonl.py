@@ -30,18 +30,23 @@ def jsonl_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document
     path, field = _file_and_field(spec, argument)
     try:
         with path.open("rb") as file:
-            start = 0
+            start, blank = 0, True
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
                 if len(line) > MAX_LINE:
                     drops.add(spec, f"more than {MAX_LINE:,} bytes", f"line {number}")
-                    start += _skip_line(file, line)
+                    start, blank = start + _skip_line(file, line), False
                     continue
                 if line.strip():
                     try:
                         yield replace(_document(path, start, line, field), name=f"line {number}")
+                    except UnicodeDecodeError as error:
+                        drops.add(spec, "not UTF-8", f"line {number} byte {start + error.start}")
                     except ValueError as error:
                         drops.add(spec, str(error), f"line {number}")
                 start += len(line)
+                blank = blank and not line.strip()
+            if blank:
+                drops.add(spec, "empty", path.name)
     except OSError as error:
         raise DataError(f"{spec}: cannot read '{path}' ({one_line(error)})") from error
 
@@ -92,9 +97,9 @@ def _document(path: Path, start: int, line: bytes, field: str) -> Document:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError("not UTF-8") from error
+        row = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
+    except UnicodeDecodeError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ValueError("bad JSON") from error
     if not isinstance(row, dict):

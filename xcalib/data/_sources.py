@@ -11,6 +11,7 @@ from pathlib import Path
 
 from xcalib.data._documents import Document, Drops, in_memory
 from xcalib.data._sample import DIGEST_CHARS
+from xcalib.data._utf8 import NotTextError, TextChecker
 from xcalib.errors import DataError
 
 __all__ = ["builtin_documents", "categories", "text_documents"]
@@ -67,8 +68,8 @@ def text_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document]
     for path in _find_files(spec, argument, drops):
         try:
             document = _scan_file(path)
-        except UnicodeDecodeError:
-            drops.add(spec, "not UTF-8", path.name)
+        except NotTextError as error:
+            drops.add(spec, error.reason, f"{path.name} {error.place}")
         except OSError as error:
             drops.add(spec, f"unreadable ({type(error).__name__})", path.name)
         else:
@@ -120,19 +121,22 @@ def _walk(spec: str, root: Path, drops: Drops) -> list[Path]:
 
 
 def _scan_file(path: Path) -> Document | None:
-    """Check and hash a file in pieces; None when it holds only white space. NUL bytes count as not being text."""
+    """Check and hash a file in pieces; None when it holds only white space.
+
+    Raises:
+        NotTextError: it holds a NUL byte, or bytes that are not UTF-8.
+    """
     digest, size, blank = hashlib.sha256(), 0, True
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    checker = TextChecker()
     with path.open("rb") as file:
         skipped = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
         file.seek(skipped)
+        checker.position = skipped
         while data := file.read(_CHUNK):
-            if b"\0" in data:
-                raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "NUL byte")
-            blank = decoder.decode(data).isspace() and blank
+            blank = checker.text(data).isspace() and blank
             digest.update(data)
             size += len(data)
-        decoder.decode(b"", final=True)
+        checker.text(b"", final=True)
 
     def read(start: int, stop: int) -> str:
         with path.open("rb") as file:

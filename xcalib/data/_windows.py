@@ -136,7 +136,9 @@ def draw(spec: str, documents: Sequence[Document], encoder: Encoder, request: Re
     What asks something counts towards the limit of its task, everything else towards that of the spec.
     """
     waiting = [Cutter(document, encoder, request, spec) for document in _shuffled(documents, request)]
-    keep = sum(document.size for document in documents) <= _KEPT_BYTES
+    # Each keeps the tokens of one piece: of a huge document that is little, and making them again for every window is much.
+    most = max(_WHOLE_BYTES, _PIECE_BYTES_PER_TOKEN * request.max_length)
+    keep = sum(min(document.size, most) for document in documents) <= _KEPT_BYTES
     samples: list[Sample] = []
     taken: Counter[str] = Counter()
     while waiting and len(samples) < request.count:

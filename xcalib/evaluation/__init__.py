@@ -9,9 +9,10 @@ import torch
 
 from xcalib.collect.ranks import ALONE, Ranks
 from xcalib.collect.shares import Advance, Arrays, Shares
+from xcalib.collect.skipping import Skipping, of_sample
 from xcalib.collect.units import Units
 from xcalib.data import Sample, SampleSet, pooled, score
-from xcalib.errors import DataError, ModelError
+from xcalib.errors import DataError, NonFiniteError
 from xcalib.evaluation.by_length import Bins, LengthResult, part_by_length
 from xcalib.evaluation.results import Evaluation, SampleResult, summarise
 from xcalib.evaluation.timing import Stopwatch
@@ -45,6 +46,7 @@ def evaluate(
     point: str | None = None,
     uniform: Sequence[float] = (),
     tokenizer: Any = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure a model with and without a profile on the same samples.
@@ -57,10 +59,12 @@ def evaluate(
         point: name of the one operating point to measure; default all.
         uniform: single taus to measure the same way, with the profile's method.
         tokenizer: turns generated tokens into text.
+        skip_bad: leave out samples that give numbers that are not finite, up to half of them, in place of an error.
         progress: draws the work.
 
     Raises:
         ModelError: the profile is another model's.
+        NonFiniteError: hidden states or logits are not finite, without ``skip_bad`` or in more than half of the samples.
         DataError: calibration documents of the profile are among the samples: figures on them would prove nothing.
     """
     sets = (data,) if isinstance(data, SampleSet) else tuple(data)
@@ -69,7 +73,9 @@ def evaluate(
         refuse_overlap(profile.calibration.documents, together)
     plans = plans_to_evaluate(model, profile, point=point, uniform=uniform)
     lengths = [one.length for one in sets]
-    return evaluate_plans(model, together, plans, tokenizer=tokenizer, lengths=lengths, progress=progress)
+    return evaluate_plans(
+        model, together, plans, tokenizer=tokenizer, lengths=lengths, skip_bad=skip_bad, progress=progress
+    )
 
 
 def plans_to_evaluate(
@@ -122,6 +128,7 @@ def evaluate_plans(
     every: int = 1,
     lengths: Sequence[int] = (),
     units: Units | None = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
@@ -135,32 +142,46 @@ def evaluate_plans(
         every: KL and losses are taken at every such position; odd, so that every place within a block has its turn.
         lengths: that samples were drawn at, in tokens, if several: the result has them apart.
         units: where finished samples are kept, so that an interrupted evaluation goes on.
+        skip_bad: leave out samples that give numbers that are not finite, up to half of them, in place of an error; one rank.
         progress: draws the work.
         ranks: processes that share the samples; all get the result.
 
     Raises:
-        ModelError: hidden states are not finite or the model's head is not supported.
-        DataError: ``every`` is even, or a sample is shorter.
+        ModelError: the model's head is not supported.
+        NonFiniteError: hidden states or logits are not finite, without ``skip_bad`` or in more than half of the samples.
+        DataError: ``every`` is even, or a sample is shorter than that or than two tokens.
+        RankError: another rank failed, or there are several and ``skip_bad`` is set.
     """
     shortest = min(len(sample.tokens) for sample in data.samples)
     if every < 1 or every % 2 == 0 or every > shortest:
         raise DataError(
             f"every is {every}, expected an odd number of at most {shortest}, the tokens of the shortest sample"
         )
+    if shortest < 2:
+        index = next(index for index, sample in enumerate(data.samples) if len(sample.tokens) < 2)
+        source = data.samples[index].source
+        raise DataError(f"sample {index} ({source}) has one token: nothing follows it to be predicted; leave it out")
     head = LogitHead(model)
+    skipping = Skipping(data, units, allowed=skip_bad, ranks=ranks)
+    indices = skipping.indices
 
-    def measure(index: int, advance: Advance) -> Arrays:
+    def measure(place: int, advance: Advance) -> Arrays | None:
+        index = indices[place]
         try:
-            return _evaluate_sample(model, head, data.samples[index], plans, tokenizer, every, advance).arrays()
-        except ModelError as error:
-            raise ModelError(f"sample {index}: {error}") from error
+            with of_sample(index):
+                return _evaluate_sample(model, head, data.samples[index], plans, tokenizer, every, advance).arrays()
+        except NonFiniteError as error:
+            skipping.skip(index, error)
+            return None
 
-    count = len(data.samples)
-    names = [f"evaluated-{index:05d}" for index in range(count)]
+    count = len(indices)
+    names = [f"evaluated-{index:05d}" for index in indices]
     each = Shares(units, progress, ranks).each(f"Evaluating {count} samples", names, measure, [1 + len(plans)] * count)
     results = [SampleResult(**unit) for unit in each]
+    data = skipping.samples
     by_length = part_by_length(list(plans), results, data, _bins(plans), lengths)
-    return dataclasses.replace(summarise(list(plans), results, data), by_length=by_length)
+    found = summarise(list(plans), results, data)
+    return dataclasses.replace(found, by_length=by_length, skipped=len(skipping.reasons))
 
 
 def _bins(plans: Mapping[str, SparsePlan]) -> Bins:
@@ -225,4 +246,6 @@ def answer_score(model: Any, head: LogitHead, prefill: Any, sample: Sample, toke
         generated.append(token)
         output = model(input_ids=torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True)
         logits, cache = output.logits[0, -1], output.past_key_values
+        if bool(logits.isnan().any()):
+            raise NonFiniteError(f"{type(model).__name__}: the logits of generated token {len(generated)} hold NaN")
     return score(sample, tokenizer.decode(generated, skip_special_tokens=True))

@@ -94,6 +94,7 @@ class Evaluation:
 
     ``confidence`` is what every interval holds, by ``resamples`` draws of the bootstrap. ``by_length`` has the same by length,
     where samples differ in it or plans have several length bins; ``tasks`` has the accuracy of each task that asks something.
+    ``skipped`` samples gave numbers that are not finite and are in no figure.
     """
 
     dense: DenseResult
@@ -106,6 +107,7 @@ class Evaluation:
     resamples: int = RESAMPLES
     by_length: "tuple[LengthResult, ...]" = ()
     tasks: tuple[TaskResult, ...] = ()
+    skipped: int = 0
 
     def plan(self, name: str) -> PlanResult:
         """The result of one plan by name; KeyError when there is none."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from xcalib.errors import ModelError
+from xcalib.errors import ModelError, NonFiniteError
+from xcalib.models.finite import hidden_state_error
 from xcalib.models.structure import decoder_of
 
 __all__ = ["Divergence", "LogitHead", "Prefill", "sampled_positions"]
@@ -70,7 +71,8 @@ class LogitHead:
         """Run one prompt, int64 ``(length,)``.
 
         Raises:
-            ModelError: the head is of an unknown kind, or hidden states are not finite.
+            ModelError: the head is of an unknown kind.
+            NonFiniteError: hidden states or logits are not finite.
         """
         captured: list[torch.Tensor] = []
         hook = self._decoder.register_forward_hook(lambda _m, _a, output: captured.append(output[0]))
@@ -80,8 +82,10 @@ class LogitHead:
             hook.remove()
         hidden = captured[0][0]  # (length, hidden)
         if not bool(hidden.isfinite().all()):
-            raise ModelError(f"{type(self._model).__name__}: the last hidden states hold NaN or infinite numbers")
+            raise hidden_state_error(self._model, tokens)
         own, ours = output.logits[0, -1].float(), self.logits(hidden[-1:])[0]
+        if bool(own.isnan().any()) or bool(own.isposinf().any()):
+            raise self._logits_error()
         if not torch.allclose(own, ours.to(own.device), rtol=1e-2, atol=1e-2 * float(own.abs().max())):
             raise ModelError(
                 f"{type(self._model).__name__}: its logits are not its output embedding's; this head is not supported"
@@ -90,7 +94,11 @@ class LogitHead:
 
     @torch.inference_mode()
     def kl(self, dense: torch.Tensor, variants: Sequence[torch.Tensor]) -> torch.Tensor:
-        """KL(dense || variant) in nats, fp32 ``(variants, n)``, from hidden states ``(n, hidden)`` at the same positions."""
+        """KL(dense || variant) in nats, fp32 ``(variants, n)``, from hidden states ``(n, hidden)`` at the same positions.
+
+        Raises:
+            NonFiniteError: logits are not finite.
+        """
         return self._compare(dense, variants, None)[0]
 
     @torch.inference_mode()
@@ -101,6 +109,9 @@ class LogitHead:
             dense: hidden states ``(n, hidden)`` of the dense model.
             variants: the same of each variant.
             targets: the token that follows each position, int64 ``(n,)``, or ``(n - 1,)`` where nothing follows the last.
+
+        Raises:
+            NonFiniteError: logits are not finite.
         """
         kl, loss = self._compare(dense, variants, targets)
         return Divergence(kl, loss)
@@ -123,4 +134,9 @@ class LogitHead:
                 if wanted is not None:
                     losses[1 + index, rows] = -log_probability[: len(wanted)].gather(-1, wanted)[:, 0]
                 divergences[index, rows] = -log_probability.sub_(reference).mul_(probability).sum(-1)
+        if not bool(divergences.isfinite().all()):
+            raise self._logits_error()
         return divergences.clamp_(min=0), losses
+
+    def _logits_error(self) -> NonFiniteError:
+        return NonFiniteError(f"{type(self._model).__name__}: its logits hold NaN or infinite numbers")

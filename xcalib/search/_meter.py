@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from xcalib.collect.skipping import of_sample
 from xcalib.data import SampleSet
 from xcalib.errors import DataError
 from xcalib.kernels import visible_blocks
@@ -87,11 +88,13 @@ class Meter:
         """Mean KL and density of sample ``index`` under thresholds ``(layers, heads)``.
 
         Raises:
-            ModelError: hidden states are not finite, or the model's head is not supported.
+            ModelError: the model's head is not supported.
+            NonFiniteError: hidden states or logits are not finite.
         """
         key = (index, thresholds.tobytes())
         if key not in self._known:
-            self._known[key] = self._measure(index, thresholds)
+            with of_sample(index):
+                self._known[key] = self._measure(index, thresholds)
         return self._known[key]
 
     def all(self, thresholds: FloatArray, advance: Any = lambda _steps: None) -> Figures:

@@ -23,16 +23,21 @@ def add_evidence(
     *,
     tokenizer: Any = None,
     units: Units | None = None,
+    skip_bad: bool = False,
     progress: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> Profile:
     """Measure every operating point on held-out samples; the profile with the figures, each point verified or not.
 
+    With ``skip_bad`` the figures are those of the samples on which all numbers are finite, at least half of them.
+
     Raises:
-        ModelError: hidden states are not finite or the model's head is not supported.
+        ModelError: the model's head is not supported.
+        NonFiniteError: hidden states or logits are not finite.
     """
     plans = {point.name: sparse_plan(profile, point.name) for point in profile.points}
-    found = evaluate_plans(model, heldout, plans, tokenizer=tokenizer, units=units, progress=progress, ranks=ranks)
+    how: dict[str, Any] = {"units": units, "skip_bad": skip_bad, "progress": progress, "ranks": ranks}
+    found = evaluate_plans(model, heldout, plans, tokenizer=tokenizer, **how)
     return with_evidence(profile, found)
 
 

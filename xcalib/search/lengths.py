@@ -136,4 +136,5 @@ def pooled_calibration(sets: Sequence[Curves]) -> dict[str, Any]:
         "gain_samples": sum(record["gain_samples"] for record in records),
         "dropped": dict(dropped),
         "lengths": tuple(measured_length(curves) for curves in sets),
+        "skipped": sum(record.get("skipped", 0) for record in records),
     }

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from xcalib._lock import lock_folder
-from xcalib.collect import CollectSettings, Curves, collect_lengths, measured_length
+from xcalib.collect import CollectSettings, Curves, collect_lengths, measured_length, refuse_with_offload
+from xcalib.collect.budget import chunks_for_search
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.ranks import ALONE, Ranks
 from xcalib.collect.shares import stamped_units
+from xcalib.collect.skipping import kept_samples, refuse_skipping
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, pooled
 from xcalib.errors import CurvesError, TargetError, XcalibWarning
 from xcalib.evaluation import refuse_overlap
@@ -81,6 +84,8 @@ def search(
     rounds: int = DEFAULT_ROUNDS,
     resume: bool = False,
     force: bool = False,
+    max_memory: int | None = None,
+    skip_bad: bool = False,
     adjust: Callable[[Profile, Sequence[Curves]], Profile] | None = None,
     save: Callable[[Profile], object] | None = None,
     offload: bool = False,
@@ -111,6 +116,8 @@ def search(
             (:mod:`xcalib.search.sequential`); 0 leaves it out, and it is left out where the samples are not the curves'.
         resume: go on with what ``folder`` holds, with any number of ranks.
         force: return the profile although a point misses its target on held-out data; the point is marked unverified.
+        max_memory: bytes that the peak is predicted to stay within, as in :func:`xcalib.collect.collect`.
+        skip_bad: leave out samples that give numbers that are not finite, up to half of them, in place of an error; one rank.
         adjust: changes what was found before it is measured on held-out data, as a refinement does.
         save: gets the profile before finished measurements are removed from ``folder``, so that a search that is killed before
             the profile is on disk repeats nothing; of several ranks, rank 0 calls it.
@@ -126,21 +133,32 @@ def search(
     targets = parse_targets([target] if isinstance(target, str) else list(target))
     if rounds < 0:
         raise TargetError(f"rounds is {rounds}, expected at least 0")
+    refuse_skipping(skip_bad, ranks)
     measured = None if curves is None else as_sets(curves)
     if measured is not None and len(measured) > 1 and not amount.lengths:
         amount = replace(amount, lengths=tuple(measured_length(one) for one in measured))
     sets, heldout = _samples(data, heldout, tokenizer, amount)
     if heldout is not None:
         refuse_overlap(calibration_documents(sets, measured), heldout)
+    settings = measured[0].settings if measured else measuring(settings or CollectSettings(), objective)
+    if offload:
+        refuse_with_offload(max_memory, skip_bad)
+        chunks = HeadChunks()
+    else:
+        what = {"collecting": measured is None, "rounds": bool(rounds)}
+        with ranks.together():  # hosts may have more memory or less
+            chunks = chunks_for_search(model, sets, heldout, settings, max_memory, ranks, **what)
     with tempfile.TemporaryDirectory() as temporary, _work_in(Path(folder or temporary), ranks) as root:
         if measured is None:
-            settings = measuring(settings or CollectSettings(), objective)
             refuse_unreachable(targets, sets, settings.block_size)
             measured = collect_lengths(
-                model, sets, root / "curves", settings=settings, name=name, resume=resume, offload=offload,
-                progress=progress, ranks=ranks,
+                model, sets, root / "curves", settings=settings, name=name, resume=resume, max_memory=max_memory,
+                skip_bad=skip_bad, offload=offload, progress=progress, ranks=ranks,
             )  # fmt: skip
-        again = Rounds(rounds if method == "knapsack" else 0, sets, measured, root / "rounds", ranks)
+        if len(sets) == len(measured):
+            sets = tuple(kept_samples(*pair) for pair in zip(sets, measured, strict=True))
+        count = rounds if method == "knapsack" else 0
+        again = Rounds(count, sets, measured, root / "rounds", ranks, chunks=chunks, skip_bad=skip_bad)
         drops = DropMeters(model, tokenizer, root / "drop", progress, ranks)
         profile = build_profile(
             measured,
@@ -157,7 +175,14 @@ def search(
         if heldout is not None:
             units = stamped_units(root / "heldout", _evidence_identity(profile, heldout), resume=resume, ranks=ranks)
             profile = add_evidence(
-                model, profile, heldout, tokenizer=tokenizer, units=units, progress=progress, ranks=ranks
+                model,
+                profile,
+                heldout,
+                tokenizer=tokenizer,
+                units=units,
+                skip_bad=skip_bad,
+                progress=progress,
+                ranks=ranks,
             )
             enforce(profile, force=force)  # a miss leaves what was measured where it is, for the same with force
         if save is not None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from xcalib.collect import Curves, measured_length
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.lengths import labelled
 from xcalib.collect.ranks import ALONE, Ranks
 from xcalib.collect.shares import Shares, stamped_units
+from xcalib.collect.skipping import Skipping, UnitStore
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet
 from xcalib.progress import Progress
@@ -38,9 +40,18 @@ class Rounds:
         measured: Sequence[Curves],
         folder: Path,
         ranks: Ranks = ALONE,
+        *,
+        chunks: HeadChunks | None = None,
+        skip_bad: bool = False,
     ) -> None:
-        """``count`` rounds at most; finished measurements are kept below ``folder``, from an earlier run too."""
+        """``count`` rounds at most; finished measurements are kept below ``folder``, from an earlier run too.
+
+        ``chunks`` says how many heads are measured at a time; with ``skip_bad`` samples whose numbers are not finite there, with
+        all layers sparse, have no say in the rounds.
+        """
         self._ranks = ranks
+        self._chunks = chunks
+        self._skip_bad = skip_bad
         self._count = count if are_measured_on(measured, sets) else 0
         self._pairs = list(zip(sets, measured, strict=True)) if self._count else []
         self._folder = folder
@@ -70,5 +81,17 @@ class Rounds:
         self._units.append(units)
         if len(self._pairs) > 1:
             progress = labelled(progress, measured_length(curves))
-        work = Sequential(model, samples, Tables.of(curves, objective), Shares(units, progress, self._ranks))
-        return lambda target, planned: work.improve(target, planned, self._count)
+        tables = Tables.of(curves, objective)
+        skipping = Skipping(samples, units, allowed=self._skip_bad, ranks=self._ranks)
+        made: dict[int, Sequential] = {}  # by the number of samples: one goes on from target to target
+
+        def improve(target: Target, planned: Planned) -> Planned:
+            def work(kept: SampleSet, store: UnitStore | None) -> Planned:
+                count = len(kept.samples)
+                if count not in made:
+                    made[count] = Sequential(model, kept, tables, Shares(store, progress, self._ranks), self._chunks)
+                return made[count].improve(target, planned, self._count)
+
+            return skipping.run(work)
+
+        return improve

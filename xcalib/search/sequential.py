@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.gains import GainMeter
 from xcalib.collect.shares import Advance, Arrays, Shares
+from xcalib.collect.skipping import of_sample
 from xcalib.collect.slopes import SlopeMeter
 from xcalib.data import SampleSet
 from xcalib.models.logits import LogitHead, sampled_positions
@@ -61,6 +63,7 @@ class Sequential:
         samples: SampleSet,
         tables: Tables,
         shares: Shares | None = None,
+        chunks: HeadChunks | None = None,
     ) -> None:
         """Prepare; nothing is measured yet.
 
@@ -70,12 +73,14 @@ class Sequential:
             tables: of those curves.
             shares: where finished measurements are kept, so that an interrupted search goes on, what draws the work, and the
                 ranks that share the samples; default none of these.
+            chunks: heads that are measured at a time.
         """
         self._model = model
         self._samples = samples
         self._tables = tables
         self._curves = tables.curves
         self._shares = shares or Shares()
+        self._chunks = chunks
         self._point = ""  # what is said to be worked on
         self._dense: dict[int, torch.Tensor] = {}
 
@@ -135,7 +140,7 @@ class Sequential:
 
     @cached_property
     def _slope_meter(self) -> SlopeMeter:
-        return SlopeMeter(self._model, self._curves.settings, self._curves.layers)
+        return SlopeMeter(self._model, self._curves.settings, self._curves.layers, self._chunks)
 
     def _levels_of(self, thresholds: FloatArray) -> IntArray:
         return np.abs(thresholds[..., None] - self._tables.grid).argmin(-1)
@@ -245,9 +250,14 @@ class Sequential:
         self, what: str, kind: str, levels: Sequence[IntArray], measure: Callable[[int, Advance], Arrays]
     ) -> Iterator[Arrays]:
         """What is measured of every sample at levels of its own; the levels' digest names the units."""
+
+        def one(index: int, advance: Advance) -> Arrays:
+            with of_sample(index):
+                return measure(index, advance)
+
         digests = [hashlib.sha256(np.ascontiguousarray(own, dtype="<i8").tobytes()).hexdigest()[:16] for own in levels]
         names = [f"{kind}-{digest}-{index:05d}" for index, digest in enumerate(digests)]
-        return self._shares.each(what, names, measure, [1] * self._count)
+        return self._shares.each(what, names, one, [1] * self._count)
 
 
 def _round(expected: float, new: _State, others: FloatArray, taken: bool) -> SearchRound:
