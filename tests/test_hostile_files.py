@@ -277,6 +277,14 @@ def test_blocks_kept_are_never_more_than_are_visible(fuzz: Any, folder: Path) ->
 # --- links
 
 
+def test_a_long_value_among_settings_is_cut(folder: Path) -> None:
+    record = json.loads((folder / "curves.json").read_bytes())
+    record["settings"]["measures"] = ["a+" * 3000]
+    (folder / "curves.json").write_text(json.dumps(record))
+    message = refused(lambda: load_curves(folder))
+    assert str(folder) in message and "damaged curves (measures is ('a+a+" in message and len(message) < 600
+
+
 @pytest.mark.parametrize("name", ["curves.json", "curves.safetensors"])
 def test_links_do_not_lead_out_of_a_curves_folder(
     name: str, folder: Path, tmp_path_factory: pytest.TempPathFactory

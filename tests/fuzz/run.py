@@ -57,11 +57,11 @@ class Run:
     def one(self, data: bytes) -> None:
         """The first byte names the reader."""
         reader = self.readers[data[0] % len(self.readers)] if data else self.readers[0]
-        start = time.monotonic()
+        start = time.process_time()  # not on the wall: others may have the processor
         try:
             (self.valid if holds(reader, data[1:]) else self.refused)[reader.name] += 1
-            if time.monotonic() - start > SLOW:
-                self.keep(reader, data[1:], f"slow: {time.monotonic() - start:.0f} s", "")
+            if time.process_time() - start > SLOW:
+                self.keep(reader, data[1:], f"slow: {time.process_time() - start:.0f} s", "")
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
             place = next((f"{f.filename}:{f.lineno}" for f in reversed(frames) if "/xcalib/" in f.filename), "?")

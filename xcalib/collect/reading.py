@@ -81,7 +81,10 @@ def _read(root: Path) -> Curves:
 def _settings(given: dict[str, Any]) -> CollectSettings:
     plain: dict[str, Any] = {"order": "score"}  # files from before there were two
     plain |= {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    settings = CollectSettings(**plain)
+    try:
+        settings = CollectSettings(**plain)
+    except CurvesError as error:  # its message holds the value, which may be long
+        raise ProfileError(_yaml.one_line(str(error))) from error
     method = {key: getattr(settings, key) for key in ("stride", "block_size", "pattern", "order")}
     Method.model_validate(method)
     return TypeAdapter(CollectSettings).validate_python(vars(settings))
