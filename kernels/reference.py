@@ -99,19 +99,21 @@ def _estimate_rows(
     """The last query of each row group, exactly: mean over a block's groups of the attention weight that a key block takes."""
     batch, q_heads = query.shape[:2]
     k_heads, size = key.shape[1], geometry.block_size
-    keys = key[:, :, None].float()  # (B, Hkv, 1, k_len, D)
+    keys = key.float()  # (B, Hkv, k_len, D)
     scores = query.new_zeros((batch, q_heads, geometry.q_blocks, geometry.k_blocks), dtype=torch.float32)
     for row in range(geometry.q_blocks):
         start, stop = geometry.query_span(row)
         sampled = torch.arange(start + stride - 1, stop + stride - 1, stride, device=query.device).clamp_(max=stop - 1)
         blocks = geometry.visible_k_blocks(row)
         reach = min(blocks * size, geometry.k_len)
-        queries = (query[:, :, sampled].float() * scale).unflatten(1, (k_heads, -1))  # (B, Hkv, G, rows, D)
-        logits = queries @ keys[:, :, :, :reach].mT  # (B, Hkv, G, rows, reach)
+        queries = (query[:, :, sampled].float() * scale).reshape(
+            batch, k_heads, -1, query.shape[3]
+        )  # (B, Hkv, G * rows, D)
+        logits = (queries @ keys[:, :, :reach].mT).view(batch, q_heads, -1, reach)  # (B, Hq, rows, reach)
         if geometry.causal:
             hidden = torch.arange(reach, device=query.device) > geometry.offset + sampled[:, None]
             logits.masked_fill_(hidden, -torch.inf)
-        weights = functional.pad(logits.softmax(-1).mean(-2).flatten(1, 2), (0, blocks * size - reach))  # (B, Hq, keys)
+        weights = functional.pad(logits.softmax(-1).mean(-2), (0, blocks * size - reach))  # (B, Hq, keys)
         scores[:, :, row, :blocks] = weights.unflatten(-1, (blocks, size)).sum(-1)
     return scores
 

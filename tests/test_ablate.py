@@ -510,7 +510,7 @@ def test_help_has_an_example(run: Callable[..., tuple[int, str, str]]) -> None:
         (["--table", "stride", "--densities", "a,b"], "--densities is 'a,b', expected numbers"),
         (["--table", "stride", "--densities", "2"], "expected numbers between 0 and 1"),
         (["--table", "all", "--lengths", "x"], "--lengths is 'x'"),
-        (["--table", "stride", "--stride", "5"], "stride is 5, allowed are"),
+        (["--table", "stride", "--stride", "5"], "'--stride': 5 is not one of 4, 8, 16, 32, 64"),
         (["--table", "stride", "--md", "missing/page.md"], "the folder missing does not exist"),
         (["--table", "stride", "--curves", "missing"], "missing: holds no curves.json"),
     ],

@@ -39,6 +39,7 @@ def test_every_rule_of_the_table_is_a_configuration() -> None:
         "crossover",
         "attention",
         "scoring",
+        "scoring_rows",
         "selection",
         "sweep_attention",
     }

@@ -364,6 +364,20 @@ def test_command(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> No
     assert run("plan")[0] == 2
 
 
+def test_processes_on_a_cpu_share_the_hosts_memory(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    config = json.loads((BENCHMARKS / "plan" / "llama-405b.json").read_text())
+    size = {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config | size))
+    options = ("--machine", "cpu", "--dtype", "bfloat16", "--samples", "32", "--max-length", "1024", "--rounds", "0")
+    fits = {}
+    for count in (1, 32):
+        code, out, err = run("plan", tmp_path / "config.json", *options, "--gpus", str(count), "--json")
+        assert code == 0, err
+        fits[count] = [step["fits"] for step in json.loads(out)["steps"]]
+    assert all(fits[1]) and not any(fits[32])
+    assert "samples does not fit" in err and "--offload" in err and "more GPUs" not in err
+
+
 def test_a_configuration_that_cannot_be_calibrated_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bert.json").write_text(
         '{"model_type": "bert", "hidden_size": 64, "num_attention_heads": 2, "is_decoder": true}'

@@ -1,8 +1,8 @@
 """What other estimates of a block's weight would give the search: ``python estimates.py run MODEL --data SPEC --out FILE``.
 
 Each head's curve is measured with several estimates of how much attention a block of keys takes, up to the exact one, which costs
-as much as dense attention and so says what there is to win. The layer gains are those of the default estimate. A figure is the
-predicted loss, in nats, of the knapsack's choice at each density (and of one tau for all heads): the sum over heads of gain x
+as much as dense attention and so says what there is to win. The layer gains are those of the antidiagonal estimate. A figure is
+the predicted loss, in nats, of the knapsack's choice at each density (and of one tau for all heads): the sum over heads of gain x
 relative output error. ``python estimates.py table FILE...`` makes the Markdown of docs/objectives.md.
 """
 
@@ -94,7 +94,7 @@ def exact_change(call: AttentionCall) -> torch.Tensor:
 
 
 ESTIMATES: dict[str, Estimate] = {
-    "antidiagonal, S = 16 (the default)": strided(16),
+    "antidiagonal, S = 16 (the paper's)": strided(16),
     "antidiagonal, S = 8": strided(8),
     "antidiagonal, S = 4": strided(4),
     "S = 16 x norm of values": by_value,
@@ -173,7 +173,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     samples = load_samples(
         options.data, loaded.tokenizer, num_samples=options.samples, max_length=options.length, seed=options.seed
     )
-    settings = CollectSettings(block_size=BLOCK_SIZE, gain_every=5, joint_densities=(0.33,))
+    settings = CollectSettings(block_size=BLOCK_SIZE, pattern="antidiagonal", gain_every=5, joint_densities=(0.33,))
     with tempfile.TemporaryDirectory() as folder:
         curves = collect(loaded.model, samples, Path(folder) / "curves", settings=settings, name=options.model)
     found = sweep(loaded.model, samples, curves)

@@ -160,8 +160,9 @@ def table(files: list[Path], only: str) -> str:
     """Markdown: for each model the mean over seeds and every seed's ratio; of rows whose names begin with ``only``."""
     records = [json.loads(path.read_text()) for path in files]
     parts = []
-    for model in dict.fromkeys(record["model"] for record in records):
-        own = sorted((record for record in records if record["model"] == model), key=lambda record: record["seed"])
+    for model, names in dict.fromkeys((record["model"], tuple(record["rows"])) for record in records):
+        own = [record for record in records if (record["model"], tuple(record["rows"])) == (model, names)]
+        own.sort(key=lambda record: record["seed"])
         seeds = " / ".join(str(record["seed"]) for record in own)
         lines = [
             f"**{model}**, seeds {seeds}",
@@ -170,9 +171,9 @@ def table(files: list[Path], only: str) -> str:
             "chosen the same way | predicted / measured KL | accuracy |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        names = [name for name in own[0]["rows"] if name.startswith(only)]
-        names.sort(key=lambda name: np.mean([record["rows"][name]["kl"] for record in own]))
-        for name in names:
+        shown = [name for name in names if name.startswith(only)]
+        shown.sort(key=lambda name: np.mean([record["rows"][name]["kl"] for record in own]))
+        for name in shown:
             each = [record["rows"][name] for record in own]
             way = name.partition(",")[0]
             ratio = " / ".join(f"{row['score']['ratio']:.3f}" for row in each)

@@ -194,12 +194,15 @@ def _measured_tables(job: _Job, units: Units) -> Iterator[tuple[str, Record]]:
         yield table, make_record(_context(job, table), result, began)
 
 
+PAPERS_CURVES = "xcalib collect --pattern antidiagonal --order score --stride 8 --block-size 64"
+
+
 def _order_remark(table: str, searched: Order) -> list[str]:
     if table != "threshold" or searched == "score":
         return []
     return [
         f"all three lines prefer blocks in the order {searched!r}, which is ours (docs/kernels.md): the paper's is 'score', and "
-        "curves of 'xcalib collect --order score' compare in that"
+        f"curves of '{PAPERS_CURVES}' compare in that"
     ]
 
 

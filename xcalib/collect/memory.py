@@ -142,9 +142,8 @@ def _scoring(load: Workload, queries: int) -> int:
     if load.pattern != "rows":
         return ordering  # groups of keys are few beside it
     heads = queries * load.kv_heads // load.query_heads
-    repeated = load.head_dim if 1 < heads < queries else 0  # a batched product copies the keys for each query head
     # of every key: logits and weights of the sampled queries, their mean and its padded copy
-    row = FLOAT * queries * load.length * (2 * _sampled(load) + 2 + repeated)
+    row = FLOAT * queries * load.length * (2 * _sampled(load) + 2)
     keys = FLOAT * load.length * load.head_dim * heads if load.element < FLOAT else 0
     return max(ordering, scores + row + keys)
 

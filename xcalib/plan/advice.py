@@ -46,9 +46,10 @@ def notes(plan: "CalibrationPlan") -> Iterator[str]:
 
 def _misfit(plan: "CalibrationPlan", step: "PlannedStep") -> str:
     largest = max(step.memory, key=lambda kind: step.memory[kind])
-    memory = plan.machine.memory_bytes
+    memory = plan.machine.memory_each(plan.placement.gpus)
     helps = {
-        "weights": "more GPUs to spread the model over, or --offload, which holds one layer at a time",
+        "weights": ("" if plan.machine.device == "cpu" else "more GPUs to spread the model over, or ")
+        + "--offload, which holds one layer at a time",
         "kept for later": "more GPUs to spread the layers over (--shard layers), or a shorter --max-length",
         "logits": "a shorter --max-length does not help: more memory does",
     }.get(largest, "a shorter --max-length, or the model spread by heads (--shard heads)")

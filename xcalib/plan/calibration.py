@@ -215,7 +215,7 @@ def _step(shape: ModelShape, job: Job, machine: Machine, dtype: str, where: Plac
         flops=step.flops,
         seconds=(low, high),
         memory=memory,
-        fits=sum(memory.values()) <= USABLE * machine.memory_bytes,
+        fits=sum(memory.values()) <= USABLE * machine.memory_each(where.gpus),
         busy=min(1.0, (worked + once) / high) if high else 1.0,
         assumed=tuple(sorted(used & set(machine.assumed))),
     )

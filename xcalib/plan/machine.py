@@ -51,7 +51,7 @@ class Machine:
         name: of the file, or what the user calls it.
         device: ``cpu`` or ``cuda``.
         dtype: of the weights that the rates were measured with.
-        memory_bytes: of the device.
+        memory_bytes: of the device; of a CPU, of its host.
         rates: seconds per unit of every amount (:mod:`xcalib.plan.cost`).
         spread: by operation, the largest deviation of a measurement from the fit, as a share of the measurement.
         margin: how far a whole calibration may be from its prediction, as a share: predicted times are shown as a range.
@@ -84,6 +84,10 @@ class Machine:
         if missing:
             raise PlanError(f"machine {self.name!r} has no rate for {', '.join(missing)}: measure it with --measure")
         return sum(amount * self.rates[name] for name, amount in amounts.items())
+
+    def memory_each(self, devices: int) -> float:
+        """Bytes that each of several devices has: on a CPU they are processes, which share the host's."""
+        return self.memory_bytes / devices if self.device == "cpu" else self.memory_bytes
 
     def record(self) -> dict[str, Any]:
         """What a machine's file holds."""

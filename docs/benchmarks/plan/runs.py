@@ -105,7 +105,8 @@ def run(options: argparse.Namespace) -> None:
     model, samples, heldout = opened(options)
     device = next(model.parameters()).device
     clock = Clock(device)
-    settings = CollectSettings(block_size=options.block_size, stride=options.stride, gain_samples=options.gain_samples)
+    sizes = {"block_size": options.block_size, "stride": options.stride, "gain_samples": options.gain_samples}
+    settings = CollectSettings(**sizes, pattern="antidiagonal")  # what the rates were timed with
     first = torch.tensor(samples.samples[0].tokens[:256], device=device)
     heads = model.config.get_text_config().num_attention_heads
     Sweeper(model, settings, heads).measure(first)  # a process's first pass waits for its libraries
