@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xcalib.collect import CollectSettings, budget, collect, memory
+from xcalib.collect import CollectSettings, budget, collect, collect_lengths, memory
 from xcalib.collect import measure as measuring
 from xcalib.collect.budget import _cgroup_limit, chunks_within, parse_memory, workload_of
 from xcalib.collect.chunks import HeadChunks
@@ -152,6 +152,17 @@ def test_the_model_knows_the_antidiagonal(model: Any, random_samples: Build, pha
     assert (load.pattern, load.stride) == ("antidiagonal", 16)
     measured = measured_peak(model, work(model, samples, phase, HeadChunks(), settings))
     assert 0.75 < predict_peak(load, phase).total / measured < 1.25
+
+
+def test_several_lengths_are_held_against_the_limit_once(
+    tiny_model: Build, random_samples: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first length leaves in memory is no reason to refuse the second one in mid-work."""
+    model, held = tiny_model(), iter([0, 1 << 50, 1 << 50])
+    sets = tuple(random_samples([length], seed=length) for length in (320, 384))
+    monkeypatch.setattr(budget, "_resident", lambda: next(held))
+    curves = collect_lengths(model, sets, tmp_path / "c", settings=SETTINGS, max_memory=1 << 40)
+    assert [one.calibration["lengths"] for one in curves] == [[320], [384]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

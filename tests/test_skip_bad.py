@@ -24,12 +24,13 @@ from xcalib.collect.skipping import Skipping, kept_samples
 from xcalib.collect.slopes import SlopeMeter
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet
-from xcalib.errors import NonFiniteError, RankError, XcalibWarning
+from xcalib.errors import NonFiniteError, RankError, TargetError, XcalibWarning
 from xcalib.evaluation import answer_score, evaluate_plans
 from xcalib.models.logits import LogitHead, sampled_positions
 from xcalib.models.sparse import SparsePlan
 from xcalib.profile import load_profile, save_profile
 from xcalib.progress import silent
+from xcalib.search import drop
 from xcalib.search._meter import Meter
 
 Build = Callable[..., Any]
@@ -239,6 +240,42 @@ def test_a_search_leaves_them_out_and_records_it(model: Any, data: Build, tmp_pa
     assert "skipped" not in (tmp_path / "kept.yaml").read_text("utf-8")
 
 
+@pytest.mark.filterwarnings("default::xcalib.errors.XcalibWarning")
+def test_what_had_a_use_for_a_sample_has_it_again(data: Build, tmp_path: Path) -> None:
+    """Of two targets the first may have used a sample that only the second finds bad: a run that goes on begins with it."""
+    samples, error = data(), NonFiniteError("layer 1: NaN")
+    for remembers, left in ((True, [0, 1, 3]), (False, [0, 1, 2, 3])):
+        with Units(tmp_path / str(remembers), {"a": 1}, resume=False) as units:
+            first = Skipping(samples, units, allowed=True, remembers=remembers)
+            first.skip(2, error)
+            assert first.indices == [0, 1, 3]
+            assert Skipping(samples, units, allowed=True, remembers=remembers).indices == left
+
+
+def test_questions_of_a_drop_may_be_left_out(
+    model: Any, data: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = data()
+    asked = dataclasses.replace(
+        asked, samples=tuple(dataclasses.replace(sample, answers=("a",), max_new_tokens=2) for sample in asked.samples)
+    )
+    curves = collect(model, data(), tmp_path / "c", settings=SETTINGS)
+    given: list[bool] = []
+
+    def record(*_arguments: Any, skip_bad: bool, **_options: Any) -> Any:
+        given.append(skip_bad)
+        raise TargetError("enough")
+
+    monkeypatch.setattr(drop, "evaluate_plans", record)
+    for allowed in (True, False):
+        meters = drop.DropMeters(model, object(), tmp_path / "drop", silent, skip_bad=allowed)
+        (meter,) = meters.of((asked,), (curves,))
+        assert meter is not None
+        with pytest.raises(TargetError, match="enough"):
+            meter([np.full(curves.gain.shape + curves.error.shape[2:3], 0.5)])
+    assert given == [True, False]
+
+
 def test_several_ranks_leave_nothing_out(model: Any, data: Build, tmp_path: Path) -> None:
     """They would have to agree first: refused before anything is measured or written."""
     samples, ranks = data(1), Ranks(Place(0, 2, 0))
@@ -382,4 +419,11 @@ def test_the_command_line(run: Run, bad_folder: tuple[Path, Path], tmp_path: Pat
                 assert json.loads(printed)["skipped"] == 1
             else:
                 assert load_curves(tmp_path / "c").calibration["skipped"] == 1
+                options = ("--curves", tmp_path / "c", "--target", "a:density=0.9", "-o", tmp_path / "p.yaml")
+                code, _, error = run("search", *options)
+                assert code == 0, error
+                recipe = load_profile(tmp_path / "p.yaml").recipe or {}
+                assert (recipe["num_samples"], recipe["skip_bad"]) == (4, True)
     assert sorted(codes.values()) == [0, 2]  # the row is in one split
+    code, _, error = run("collect", model, *how, "--skip-bad", "--offload", "--out", tmp_path / "o")
+    assert (code, error.count("\n")) == (2, 1) and "--skip-bad (skip_bad) goes without offload" in error

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 import xcalib
 from xcalib import _files
-from xcalib._lock import LOCK_NAME, lock_file, lock_folder
+from xcalib._lock import LOCK_NAME, lock_file, lock_folder, remove_folder
 from xcalib.collect import CollectSettings, Curves, collect
 from xcalib.collect.measure import Sweeper
 from xcalib.collect.units import Units
@@ -534,6 +534,28 @@ def test_a_lock_goes_with_its_owner(tmp_path: Path, holding: Any) -> None:
     assert refused_elsewhere(tmp_path)
     second.close()
     assert not refused_elsewhere(tmp_path)
+
+
+def test_a_folder_that_another_works_in_is_not_removed(tmp_path: Path, holding: Any) -> None:
+    holder = holding(lambda: Units(tmp_path / "work" / "curves", {"a": 1}, resume=False))
+    with pytest.raises(BusyError) as caught:
+        remove_folder(tmp_path / "work")
+    one_line(caught, tmp_path / "work" / "curves")
+    assert (tmp_path / "work" / "curves" / "collect.json").is_file()
+    holder.let_go()
+    remove_folder(tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+    remove_folder(tmp_path / "work")  # nothing is there: nothing to do
+
+
+def test_a_lock_of_a_folder_made_again_stays(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    lost = lock_folder(tmp_path / "work")
+    shutil.rmtree(tmp_path / "work")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / LOCK_NAME).write_text("another's")
+    lost.close()
+    assert (tmp_path / "work" / LOCK_NAME).read_text() == "another's"
 
 
 def refused_elsewhere(folder: Path) -> bool:

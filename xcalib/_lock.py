@@ -11,12 +11,13 @@ import errno
 import json
 import os
 import platform
+import shutil
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOCK_NAME", "RANK_VARIABLES", "Lock", "alone", "lock_file", "lock_folder", "rank"]
+__all__ = ["LOCK_NAME", "RANK_VARIABLES", "Lock", "alone", "lock_file", "lock_folder", "rank", "remove_folder"]
 
 LOCK_NAME = ".xcalib.lock"
 # Set by torchrun. All have to be there: cluster managers set some of them for other purposes.
@@ -53,6 +54,22 @@ def lock_folder(folder: Path) -> "Lock":
 def lock_file(path: Path) -> "Lock":
     """Take an output file, which need not be there; as :func:`lock_folder`."""
     return Lock(path.with_name(f".{path.name}.lock"), f"{path}", "file")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of work, unless another process is at work in it or in a folder right below.
+
+    Raises:
+        BusyError: one is.
+        OSError: it cannot be removed.
+    """
+    if not folder.is_dir():
+        return
+    with ExitStack() as held:
+        below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+        for each in (folder, *below):
+            held.enter_context(lock_folder(each))
+        shutil.rmtree(folder)
 
 
 class Lock:
@@ -93,7 +110,8 @@ def _let_go(key: str, pid: int) -> None:
             _held[key] = (descriptor, count - 1)
             return
         with suppress(OSError):  # while it is still held: whoever opened it finds out in _take
-            Path(key).unlink()
+            if _is_at(descriptor, Path(key)):  # not another's, in a folder that was made again
+                Path(key).unlink()
         os.close(descriptor)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from xcalib._files import replace_file
+from xcalib._lock import remove_folder
 from xcalib.ablate import TABLES, AblateSettings, check_matplotlib, check_tables, draw, markdown, render, run_tables
 from xcalib.cli import options as opt
 from xcalib.cli.output import console, print_json, progress, resumable
@@ -85,7 +86,7 @@ def ablate(
     command = shlex.join(["xcalib", *sys.argv[1:]])
     work = out / "work"
     if overwrite and not resume:
-        shutil.rmtree(work, ignore_errors=True)
+        remove_folder(work)
     results = {}
     with resumable("run the same command with --resume"):
         for name, result in run_tables(

@@ -110,7 +110,7 @@ def collect(
         return
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples, measure or ())
-    limit = opt.memory_limit(max_memory)
+    limit = opt.memory_limit(max_memory, skip_bad, offload)
     with joined(workers) as ranks:
         refuse_skipping(skip_bad, ranks)
         with ranks.together():

@@ -1,6 +1,5 @@
 """``xcalib demo``: the whole job on the real SmolLM2-135M, ending with the profile against the best single tau."""
 
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from xcalib._lock import remove_folder
 from xcalib.cli import options as opt
 from xcalib.cli.environment import environment
 from xcalib.cli.output import console, evaluation_table, interval_labels, progress
@@ -43,7 +43,7 @@ def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.parent / f"seed-{seed}"
     if not resume and (work / "curves" / "collect.json").is_file():
-        shutil.rmtree(work)  # an earlier demo's: this one starts anew
+        remove_folder(work)  # an earlier demo's: this one starts anew
     loaded = opt.open_model("demo", None, "auto", False)
     lengths: dict[str, Any] = {"max_length": DEMO_LENGTH, "min_length": None, "seed": seed}
     samples = opt.read_samples(DEMO_SPECS, loaded, num_samples=DEMO_SAMPLES, split="calibration", **lengths)

@@ -10,7 +10,7 @@ import typer
 from xcalib._files import remove_left_overs
 from xcalib._lock import Lock, lock_file
 from xcalib.cli.output import console, quiet_libraries, status
-from xcalib.collect import CollectSettings, Curves, Measure, measured_length
+from xcalib.collect import CollectSettings, Curves, Measure, measured_length, refuse_with_offload
 from xcalib.collect.budget import parse_memory
 from xcalib.collect.ranks import ALONE, Ranks
 from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, parse_lengths, parse_specs
@@ -165,9 +165,12 @@ def collect_settings(
     )
 
 
-def memory_limit(text: str | None) -> int | None:
-    """``--max-memory`` in bytes; MemoryLimitError where it is no size."""
-    return None if text is None else parse_memory(text)
+def memory_limit(text: str | None, skip_bad: bool, offload: bool) -> int | None:
+    """``--max-memory`` in bytes; MemoryLimitError where it is no size, ModelError where ``--offload`` goes without it."""
+    limit = None if text is None else parse_memory(text)
+    if offload:
+        refuse_with_offload(limit, skip_bad)
+    return limit
 
 
 def work_folder(model: str, work: Path | None) -> Path:
@@ -262,7 +265,8 @@ def chosen_lengths(
     for option, value in (("--max-length", max_length), ("--min-length", min_length)):
         if value is not None:
             raise typer.BadParameter(
-                f"is given together with {option}: --lengths alone says how long samples are", param_hint="--lengths"
+                f"is given together with {option} (by flag or in a recipe): --lengths alone says how long samples are",
+                param_hint="--lengths",
             )
     return parse_lengths(lengths)
 

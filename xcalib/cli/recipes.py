@@ -160,7 +160,11 @@ def with_recipe(profile: Profile, values: Mapping[str, Any], *, from_curves: boo
     record = profile.calibration
     found: dict[str, Any] = {"model": profile.model.name, "data": list(record.sources)}
     if from_curves:
-        kept |= {"num_samples": record.samples // len(profile.length_bins), "seed": record.seed} | found
+        kept |= {
+            "num_samples": (record.samples + record.skipped) // len(profile.length_bins),
+            "seed": record.seed,
+        } | found
+        kept |= {"skip_bad": True} if record.skipped else {}
         kept |= {"gain_samples": record.gain_samples} if record.gain_samples else {}
     kept = found | kept | {key: getattr(profile.method, key) for key in ("stride", "block_size", "pattern", "order")}
     lengths = record.lengths or (record.max_length,)

@@ -15,6 +15,7 @@ from xcalib.cli.output import console, print_json, progress, resumable
 from xcalib.cli.recipes import RecipeIn, RecipeOut, write_recipe
 from xcalib.collect import Curves, load_curve_sets
 from xcalib.collect.shares import stamped_units
+from xcalib.collect.skipping import kept_samples
 from xcalib.collect.units import Units
 from xcalib.data import SampleSet, pooled
 from xcalib.errors import CurvesError, DataError
@@ -225,7 +226,8 @@ def refining(
 
     def adjust(profile: Profile, measured: Sequence[Curves]) -> Profile:
         for point in profile.points:
-            for index, (curves, samples, judges) in enumerate(zip(measured, sets, validation, strict=True)):
+            for index, (curves, given, judges) in enumerate(zip(measured, sets, validation, strict=True)):
+                samples = kept_samples(given, curves)  # --skip-bad may have left some out
                 if len(measured) > 1:
                     console.print(f"{point.name}, {bin_name(profile.length_bins[index])}:")
                 result = refine_point(

@@ -115,7 +115,7 @@ def search(
     targets = parse_targets(target or [])
     if speaks():
         opt.check_output(out, overwrite)
-    limit = opt.memory_limit(max_memory)
+    limit = opt.memory_limit(max_memory, skip_bad, offload)
     tokens = opt.chosen_lengths(lengths, max_length, min_length)
     settings = opt.collect_settings(stride, block_size, pattern, order, gain_samples)
     _check_model(model, curves, refine_trials)

@@ -6,7 +6,7 @@ One dense pass per sample carries the sweep of all thresholds; then the gain of 
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,14 @@ from xcalib.collect.reading import load_curves
 from xcalib.collect.shared_units import SharedUnits
 from xcalib.collect.shares import Shares, open_units
 from xcalib.collect.skipping import Skipping, UnitStore, refuse_skipping
+from xcalib.collect.units import Units
 from xcalib.data import SampleSet, check_sets
 from xcalib.errors import ModelError
 from xcalib.models.shards import HeadShards, head_shards
 from xcalib.models.structure import describe_model
 from xcalib.progress import Progress, silent
+
+CURVE_FILES = ("curves.json", "curves.safetensors")
 
 __all__ = [
     "DEFAULT_GRID",
@@ -87,25 +90,56 @@ def collect(
         NonFiniteError: activations are not finite, without ``skip_bad`` or in more than half of the samples.
         RankError: another rank failed, or there are several and ``skip_bad`` is set.
     """
-    refuse_skipping(skip_bad, ranks)
     settings = settings or CollectSettings()
-    identity = describe_model(model, name)
-    shards = _shards(model, offload, ranks)
-    chunks = HeadChunks()
+    chunks = _chunks(model, (samples,), settings, max_memory, skip_bad, offload, ranks)
+    return _collect(
+        model, samples, folder, chunks, settings=settings, name=name, resume=resume, skip_bad=skip_bad, offload=offload,
+        progress=progress, ranks=ranks,
+    )  # fmt: skip
+
+
+def _chunks(
+    model: Any,
+    sets: Sequence[SampleSet],
+    settings: CollectSettings,
+    max_memory: int | None,
+    skip_bad: bool,
+    offload: bool,
+    ranks: Ranks,
+) -> HeadChunks:
+    """Heads at a time for all of the sets, found once: what a process holds grows with the first of them."""
+    refuse_skipping(skip_bad, ranks)
     if offload:
         refuse_with_offload(max_memory, skip_bad)
-    else:
-        with ranks.together():  # hosts may have more memory or less
-            chunks = chunks_within(model, (samples,), settings, collect_phases(settings), max_memory, ranks)
+        return HeadChunks()
+    with ranks.together():  # hosts may have more memory or less
+        return chunks_within(model, sets, settings, collect_phases(settings), max_memory, ranks)
+
+
+def _collect(
+    model: Any,
+    samples: SampleSet,
+    folder: str | os.PathLike[str],
+    chunks: HeadChunks,
+    *,
+    settings: CollectSettings,
+    name: str | None,
+    resume: bool,
+    skip_bad: bool,
+    offload: bool,
+    progress: Progress,
+    ranks: Ranks,
+) -> Curves:
+    identity = describe_model(model, name)
+    shards = _shards(model, offload, skip_bad, ranks)
     asked = _identity(identity.model_dump(), model, samples, settings)
     opened = SharedUnits(folder, asked, shards, resume=resume) if shards.size > 1 else None
     with opened or open_units(folder, asked, resume=resume, ranks=ranks) as units:
-        done = np.array(resume and (units.folder / "curves.json").is_file())
-        if ranks.same(done):
-            curves = _load_on_all(units.folder, ranks)
+        found = _finished(units, ranks) if resume else None
+        if found is not None:
             units.discard()  # killed before it could
-            return curves
-        skipping = Skipping(samples, units, allowed=skip_bad, ranks=ranks)
+            return found
+        skipping = Skipping(samples, units, allowed=skip_bad, ranks=ranks, offered=not offload)
 
         def measure(kept: SampleSet, store: UnitStore | None) -> Curves:
             job = Job(model, identity.query_heads, kept, settings, Shares(store or units, progress, ranks), chunks)
@@ -136,36 +170,50 @@ def refuse_with_offload(max_memory: int | None, skip_bad: bool) -> None:
         )
 
 
-def _shards(model: Any, offload: bool, ranks: Ranks) -> HeadShards:
+def _shards(model: Any, offload: bool, skip_bad: bool, ranks: Ranks) -> HeadShards:
     """How the model's heads lie on ranks; ModelError for what does not go together."""
     shards = head_shards(model)
     if offload and shards.size > 1:
         raise ModelError("offload takes a whole model: this one's heads are on several ranks")
+    if skip_bad and shards.size > 1:
+        raise ModelError("skip_bad goes with one process: ranks that share a model have to measure the same samples")
     if ranks.size > 1 and (offload or shards.size > 1):
         what = "offload takes all samples through a layer" if offload else "ranks that share a model have all samples"
         raise ModelError(f"{what}, so samples cannot be shared among {ranks.size} ranks; use one of the two")
     return shards
 
 
+def _finished(units: Units | SharedUnits, ranks: Ranks) -> Curves | None:
+    """The curves of a collection that was done before, the same on every rank; None where there are none."""
+    if isinstance(units, SharedUnits):
+        files = {name: units.read(name) for name in CURVE_FILES}
+        return None if None in files.values() else _load_copies(files)
+    done = np.array((units.folder / "curves.json").is_file())
+    return _load_on_all(units.folder, ranks) if ranks.same(done) else None
+
+
+def _load_copies(files: Mapping[str, Any]) -> Curves:
+    with tempfile.TemporaryDirectory() as copy:
+        for name, data in files.items():
+            (Path(copy) / name).write_bytes(bytes(data))
+        return load_curves(copy)
+
+
 def _load_on_all(folder: Path, ranks: Ranks) -> Curves:
     """Finished curves, of which the hosts of other ranks may have no copy."""
-    names = ("curves.json", "curves.safetensors")
     curves, files = None, None
     with ranks.together():
         if ranks.leader:
             curves = load_curves(folder)
             files = (
-                {name: np.frombuffer((folder / name).read_bytes(), np.uint8) for name in names}
+                {name: np.frombuffer((folder / name).read_bytes(), np.uint8) for name in CURVE_FILES}
                 if ranks.size > 1
                 else {}
             )
     files = ranks.broadcast(files)
     if curves is not None:
         return curves
-    with tempfile.TemporaryDirectory() as copy:
-        for name in names:
-            (Path(copy) / name).write_bytes(files[name].tobytes())
-        return load_curves(copy)
+    return _load_copies(files)
 
 
 def collect_lengths(
@@ -203,29 +251,26 @@ def collect_lengths(
         DataError: as :func:`xcalib.data.check_sets`.
         MemoryLimitError, ModelError, NonFiniteError, RankError: as :func:`collect`.
     """
-    refuse_skipping(skip_bad, ranks)
+    settings = settings or CollectSettings()
+    chunks = _chunks(model, sets, settings, max_memory, skip_bad, offload, ranks)
     options: dict[str, Any] = {
         "settings": settings,
         "name": name,
         "resume": resume,
         "offload": offload,
-        "max_memory": max_memory,
         "skip_bad": skip_bad,
         "ranks": ranks,
     }
     if len(sets) == 1:
-        return (collect(model, sets[0], folder, progress=progress, **options),)
+        return (_collect(model, sets[0], folder, chunks, progress=progress, **options),)
     check_sets(sets)
-    chosen = settings or CollectSettings()
-    with ranks.together():  # refused before the first length runs
-        chunks_within(model, sets, chosen, collect_phases(chosen), max_memory, ranks)
     lengths = [samples.length for samples in sets]
     root = Path(folder)
     with ranks.together():
         if ranks.leader:
             open_index(root, lengths, resume=resume)
     curves = tuple(
-        collect(model, samples, root / str(length), progress=labelled(progress, length), **options)
+        _collect(model, samples, root / str(length), chunks, progress=labelled(progress, length), **options)
         for samples, length in zip(sets, lengths, strict=True)
     )
     with ranks.together():

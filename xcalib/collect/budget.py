@@ -19,6 +19,7 @@ from xcalib.models.structure import describe_model
 __all__ = ["chunks_for_search", "chunks_within", "collect_phases", "parse_memory", "workload_of"]
 
 _SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?\Z", re.ASCII | re.IGNORECASE)
+CANDIDATES = 8  # that a target `drop` compares in one evaluation (xcalib.search.plan)
 FIRST_USE = 128 * 2**20  # what libraries still load and set aside when the first sample runs (docs/memory.md)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -104,6 +105,8 @@ def chunks_within(
     phases: Iterable[Phase],
     max_memory: int | None,
     ranks: Ranks = ALONE,
+    *,
+    plans: int = 1,
 ) -> HeadChunks:
     """Heads at a time with which every phase is predicted to stay within ``max_memory`` bytes.
 
@@ -118,7 +121,7 @@ def chunks_within(
         if max_memory is None:
             return HeadChunks()
         raise MemoryLimitError("--max-memory (max_memory) is for a model on one device: leave it out with a device map")
-    load = workload_of(model, sets, settings, ranks=ranks.size)
+    load = workload_of(model, sets, settings, plans=plans, ranks=ranks.size)
     limit, allowed = max_memory, "are allowed"
     if limit is None and load.host:
         limit, allowed = _for_process(ranks.local_size)
@@ -138,10 +141,17 @@ def chunks_for_search(
     *,
     collecting: bool,
     rounds: bool,
+    plans: int,
+    asking: bool,
 ) -> HeadChunks:
-    """As :func:`chunks_within`, for all that a search runs: a collection, rounds after it, and the held-out evidence."""
+    """As :func:`chunks_within`, for all that a search runs: a collection, rounds after it, and the held-out evidence.
+
+    ``plans`` are its operating points; ``asking`` is for a target that the calibration's questions decide.
+    """
     if heldout is not None:
-        chunks_within(model, (heldout,), settings, ("evaluate",), max_memory, ranks)
+        chunks_within(model, (heldout,), settings, ("evaluate",), max_memory, ranks, plans=plans)
+    if asking:  # of several candidates at once (xcalib.search.drop)
+        chunks_within(model, sets, settings, ("evaluate",), max_memory, ranks, plans=max(plans, CANDIDATES))
     phases: list[Phase] = [*collect_phases(settings)] if collecting else []
     phases += ["slopes"] if rounds else []
     return chunks_within(model, sets, settings, phases, max_memory, ranks) if phases else HeadChunks()

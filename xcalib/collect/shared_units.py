@@ -70,6 +70,14 @@ class SharedUnits:
         if self._units is not None:
             self._units.save(name, arrays)
 
+    def read(self, name: str) -> bytes | None:
+        """A file of the first rank's folder, None where there is none."""
+        path = self.folder / name
+        data = b""
+        if self._units is not None and path.is_file():
+            data = path.read_bytes()
+        return self._told(data) or None
+
     def discard(self) -> None:
         """As :meth:`Units.discard`."""
         if self._units is not None:

@@ -77,7 +77,16 @@ class Skipping:
         reasons: index in the given set, to what was wrong, of samples that are left out.
     """
 
-    def __init__(self, samples: SampleSet, units: UnitStore | None, *, allowed: bool, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        samples: SampleSet,
+        units: UnitStore | None,
+        *,
+        allowed: bool,
+        ranks: Ranks = ALONE,
+        remembers: bool = True,
+        offered: bool = True,
+    ) -> None:
         """Prepare.
 
         Args:
@@ -85,17 +94,22 @@ class Skipping:
             units: where finished work is kept, and which samples were left out in an earlier run.
             allowed: whether samples may be left out; if not, the first one ends the work.
             ranks: that share the samples.
+            remembers: whether a run that goes on begins without the samples that an earlier one left out. Not so where work that
+                came before the bad sample had a use for it: it is found bad again then, at the same place.
+            offered: whether the error says that samples may be left out.
 
         Raises:
             RankError: as :func:`refuse_skipping`.
         """
         refuse_skipping(allowed, ranks)
+        self._remembers = remembers
         self._samples = samples
         self._units = units
         self._allowed = allowed
-        self._hint = "--skip-bad leaves such samples out" + (", in one process only" if ranks.size > 1 else "")
+        self._hint = "; --skip-bad leaves such samples out" if offered else ""
+        self._hint += ", in one process only" if offered and ranks.size > 1 else ""
         self.reasons: dict[int, str] = {}
-        for index in range(len(samples.samples)) if allowed and units is not None else ():
+        for index in range(len(samples.samples)) if allowed and remembers and units is not None else ():
             known = units.load(_skipped(index)) if units is not None else None
             if known is not None:
                 self._drop(index, bytes(known["reason"]).decode())
@@ -134,10 +148,10 @@ class Skipping:
             NonFiniteError: as :meth:`run`.
         """
         if not self._allowed:
-            named = f"{error.reason} ({_name(self._samples.samples[index])}); {self._hint}"
+            named = f"{error.reason} ({_name(self._samples.samples[index])}){self._hint}"
             raise NonFiniteError(named, index) from error
         self._drop(index, error.reason)
-        if self._units is not None:
+        if self._units is not None and self._remembers:
             self._units.save(_skipped(index), {"reason": np.frombuffer(error.reason.encode(), dtype=np.uint8)})
 
     def _drop(self, index: int, reason: str) -> None:

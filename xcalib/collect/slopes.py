@@ -46,11 +46,13 @@ class SlopeMeter:
         self, model: Any, settings: CollectSettings, layers: tuple[int, ...], chunks: HeadChunks | None = None
     ) -> None:
         self._model = model
-        self._chunks = chunks or HeadChunks()
         self._settings = settings
         self._rows = {layer: row for row, layer in enumerate(layers)}
         self._head = LogitHead(model)
         self._shards = head_shards(model)
+        chunks = chunks or HeadChunks()
+        # ranks that share a model have to go on together: one alone may not begin a sample anew
+        self._chunks = chunks.fixed() if self._shards.size > 1 else chunks
 
     def measure(self, tokens: torch.Tensor, levels: np.ndarray, dense: torch.Tensor) -> Slopes:
         """Run a sample with every head at its level.

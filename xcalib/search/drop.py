@@ -25,7 +25,17 @@ __all__ = ["DropMeters"]
 class DropMeters:
     """By how much accuracy falls on the calibration samples that have answers; finished samples are kept below ``folder``."""
 
-    def __init__(self, model: Any, tokenizer: Any, folder: Path, progress: Progress, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        folder: Path,
+        progress: Progress,
+        ranks: Ranks = ALONE,
+        *,
+        skip_bad: bool = False,
+    ) -> None:
+        self._skip_bad = skip_bad
         self._model, self._tokenizer, self._folder, self._progress = model, tokenizer, folder, progress
         self._ranks = ranks
         self._units: list[Units] = []
@@ -56,8 +66,8 @@ class DropMeters:
             }
             units = self._keep(curves, data, plans)
             found = evaluate_plans(
-                self._model, data, plans, tokenizer=self._tokenizer, units=units, progress=self._progress,
-                ranks=self._ranks,
+                self._model, data, plans, tokenizer=self._tokenizer, units=units, skip_bad=self._skip_bad,
+                progress=self._progress, ranks=self._ranks,
             )  # fmt: skip
             dense = found.dense.accuracy
             if not dense:

@@ -145,7 +145,8 @@ def search(
         refuse_with_offload(max_memory, skip_bad)
         chunks = HeadChunks()
     else:
-        what = {"collecting": measured is None, "rounds": bool(rounds)}
+        what: dict[str, Any] = {"collecting": measured is None, "rounds": bool(rounds)}
+        what |= {"plans": len(targets), "asking": any(one.kind == "drop" for one in targets)}
         with ranks.together():  # hosts may have more memory or less
             chunks = chunks_for_search(model, sets, heldout, settings, max_memory, ranks, **what)
     with tempfile.TemporaryDirectory() as temporary, _work_in(Path(folder or temporary), ranks) as root:
@@ -159,7 +160,7 @@ def search(
             sets = tuple(kept_samples(*pair) for pair in zip(sets, measured, strict=True))
         count = rounds if method == "knapsack" else 0
         again = Rounds(count, sets, measured, root / "rounds", ranks, chunks=chunks, skip_bad=skip_bad)
-        drops = DropMeters(model, tokenizer, root / "drop", progress, ranks)
+        drops = DropMeters(model, tokenizer, root / "drop", progress, ranks, skip_bad=skip_bad)
         profile = build_profile(
             measured,
             targets,

@@ -82,7 +82,7 @@ class Rounds:
         if len(self._pairs) > 1:
             progress = labelled(progress, measured_length(curves))
         tables = Tables.of(curves, objective)
-        skipping = Skipping(samples, units, allowed=self._skip_bad, ranks=self._ranks)
+        skipping = Skipping(samples, units, allowed=self._skip_bad, ranks=self._ranks, remembers=False)
         made: dict[int, Sequential] = {}  # by the number of samples: one goes on from target to target
 
         def improve(target: Target, planned: Planned) -> Planned:
