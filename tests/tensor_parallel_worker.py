@@ -43,13 +43,17 @@ def main(model_folder: str, tokens: str, out: Path) -> None:
     how = {"tp_plan": "auto"} if "RANK" in os.environ else {}
     loading.load_tokenizer = lambda *_a, **_k: None  # the folder has none
     model = loading.load_model(model_folder, device="cpu", **how).model
+    rank = head_shards(model).rank
+    folder = out / f"host{rank}" / "curves"  # ranks may be on hosts that share no disk: the first one's counts
     whole = Job.measure_joint
     Job.measure_joint = _interrupt  # type: ignore[method-assign]
     try:
-        collect(model, samples, out / "curves", settings=SETTINGS)
+        collect(model, samples, folder, settings=SETTINGS)
     except KeyboardInterrupt:
         Job.measure_joint = whole  # type: ignore[method-assign]
-    curves = collect(model, samples, out / "curves", settings=SETTINGS, resume=True)
+    curves = collect(model, samples, folder, settings=SETTINGS, resume=True)
+    again = collect(model, samples, folder, settings=SETTINGS, resume=True)  # done: every rank has to find that out
+    np.testing.assert_array_equal(again.error, curves.error)
     ids, levels = torch.tensor(samples.samples[0].tokens), np.array([[0, 1, 2, 3]] * len(curves.layers))
     with torch.no_grad():
         dense = model.model(ids[None])[0][0][4::5]
@@ -57,7 +61,6 @@ def main(model_folder: str, tokens: str, out: Path) -> None:
     thresholds = torch.tensor([[[0.0, 0.3, 0.6, 0.9]] * len(curves.layers)])
     plan = SparsePlan(16, 64, "antidiagonal", ((0, None),), thresholds)
     evaluation = evaluate_plans(model, samples, {"plan": plan}, tokenizer=None)
-    rank = head_shards(model).rank
     np.savez(
         out / f"rank{rank}.npz",
         **{name: getattr(curves, name) for name in ("error", "kept", "energy", "gain", "joint_kl", "fisher", "mass")},

@@ -384,7 +384,7 @@ class TestTensorParallel:
                 scale = np.nanmax(np.abs(wanted[name]))
                 assert np.allclose(found[name], wanted[name], rtol=0, atol=1e-5 * scale, equal_nan=True), name
             assert (found["kept"] == wanted["kept"]).all()
-        saved = load_curves(tmp_path / "two" / "curves")
+        saved = load_curves(tmp_path / "two" / "host0" / "curves")
         assert saved.error.tobytes() == np.load(tmp_path / "two" / "rank0.npz")["error"].tobytes()
 
     def test_own_and_all(self) -> None:
