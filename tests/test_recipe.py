@@ -111,6 +111,28 @@ def test_flags_override(run: Run) -> None:
     assert (values["seed"], values["method"]) == (5, "knapsack")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "flags", "gone"),
+    [
+        ("max_length: 512\nmin_length: 100\n", ("--lengths", "1k,512"), {"max_length", "min_length"}),
+        ("lengths: 1k,512\n", ("--max-length=600",), {"lengths"}),
+        ("device: cpu\n", ("--device-map", "auto"), {"device"}),
+        ("device_map: auto\n", ("--device", "cpu"), {"device_map"}),
+    ],
+)
+def test_flags_take_the_place_of_what_they_go_without(
+    recipe: str, flags: tuple[str, ...], gone: set[str], run: Run
+) -> None:
+    Path("r.yaml").write_text(recipe)
+    assert run("search", "--recipe", "r.yaml", "--write-recipe", "kept.yaml")[0] == 0
+    assert gone <= set(read_recipe("kept.yaml", OPTIONS))
+    code, _, err = run("search", "--recipe", "r.yaml", *flags, "--write-recipe", "w.yaml")
+    assert code == 0, err
+    values = read_recipe("w.yaml", OPTIONS)
+    assert not gone & set(values)
+    assert flags[0].partition("=")[0].removeprefix("--").replace("-", "_") in values
+
+
 def test_a_recipe_of_collect_and_of_refine(run: Run) -> None:
     Path("c.yaml").write_text("model: tiny\nout: curves\nmeasure: [mass]\n")
     assert run("collect", "--recipe", "c.yaml", "--write-recipe", "w.yaml")[0] == 0

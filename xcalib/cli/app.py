@@ -19,7 +19,7 @@ from xcalib.cli.demo import run_demo
 from xcalib.cli.diff import diff
 from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
 from xcalib.cli.plan import plan
-from xcalib.cli.recipes import RecipeIn, RecipeOut, write_recipe
+from xcalib.cli.recipes import RecipeCommand, RecipeIn, RecipeOut, write_recipe
 from xcalib.cli.refine import refine
 from xcalib.cli.search import search
 from xcalib.cli.show import render_profile, unverified_points
@@ -50,10 +50,13 @@ app.command(epilog="Example: `xcalib convert TABLE.py --name llama_fuse_8 --mode
 app.command(epilog="Example: `xcalib diff old.yaml new.yaml --point balanced`")(diff)
 app.command(epilog="Example: `xcalib plan config.json --gpus 8 --samples 128 --max-length 131072 --price 4`")(plan)
 app.command(
-    epilog="Example: `xcalib refine profile.yaml --curves xcalib-out/demo/curves --trials 40 --out refined.yaml`"
+    cls=RecipeCommand,
+    epilog="Example: `xcalib refine profile.yaml --curves xcalib-out/demo/curves --trials 40 --out refined.yaml`",
 )(refine)
 
-app.command(epilog="Example: `xcalib search demo --data builtin --target density=0.25 --out demo.yaml`")(search)
+app.command(
+    cls=RecipeCommand, epilog="Example: `xcalib search demo --data builtin --target density=0.25 --out demo.yaml`"
+)(search)
 
 
 def _version(value: bool) -> None:
@@ -73,7 +76,7 @@ def _main(
     refuse_ranks(context.invoked_subcommand)
 
 
-@app.command(epilog="Example: `xcalib collect demo --data builtin --data ruler@0.5 --out curves/`")
+@app.command(cls=RecipeCommand, epilog="Example: `xcalib collect demo --data builtin --data ruler@0.5 --out curves/`")
 def collect(
     context: typer.Context,
     model: opt.Model,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 from typer.models import OptionInfo, ParameterInfo
 
 from xcalib._files import replace_file
@@ -17,7 +18,7 @@ from xcalib.errors import RecipeError
 from xcalib.profile import Profile, make_profile
 from xcalib.recipe import Option, read_recipe, recipe_text
 
-__all__ = ["RecipeIn", "RecipeOut", "options_of", "values_of", "with_recipe", "write_recipe"]
+__all__ = ["RecipeCommand", "RecipeIn", "RecipeOut", "options_of", "values_of", "with_recipe", "write_recipe"]
 
 # Of one machine or one run: a profile does not keep them, nor may one turn them on for who runs its recipe.
 NOT_KEPT = {
@@ -25,6 +26,24 @@ NOT_KEPT = {
     *("resume", "overwrite", "force", "trust_remote_code"),
 }
 _OURS = {"recipe", "write_recipe"}
+# What goes without each other: a flag takes the place of the keys beside it.
+_EXCLUDES = {
+    "--lengths": ("max_length", "min_length"),
+    "--max-length": ("lengths",),
+    "--min-length": ("lengths",),
+    "--device": ("device_map",),
+    "--device-map": ("device",),
+}
+_FLAGS = "xcalib.flags"
+
+
+class RecipeCommand(TyperCommand):
+    """A command that takes ``--recipe``: it remembers which flags were typed, before any of them is read."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As click's."""
+        ctx.meta[_FLAGS] = {argument.partition("=")[0] for argument in args}
+        return super().parse_args(ctx, args)
 
 
 def _parameters(command: Callable[..., Any]) -> dict[str, tuple[str, Any, ParameterInfo]]:
@@ -101,6 +120,9 @@ def _apply(context: typer.Context, file: Path | None) -> Path | None:
         command = _command(context)
         parameters = _parameters(command)
         values = read_recipe(file, options_of(command))
+        for flag in context.meta.get(_FLAGS, set()) & _EXCLUDES.keys():
+            for key in _EXCLUDES[flag]:
+                values.pop(key, None)
         context.default_map = {parameters[key][0]: value for key, value in values.items()}
     return file
 
