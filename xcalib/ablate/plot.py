@@ -14,9 +14,9 @@ __all__ = ["check_matplotlib", "draw"]
 
 Record = dict[str, Any]
 
-# Okabe and Ito: told apart with every kind of colour blindness; a marker of its own for each as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Okabe and Ito, and a grey: told apart with every kind of colour blindness; a marker of its own for each as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FILLS = ("full", "none", "left", "bottom")  # of the markers, by density
 DOTS_PER_INCH = 150
 
