@@ -157,11 +157,11 @@ def test_one_job_at_a_time(here: Path) -> None:
     me = rf"process {os.getpid()} on {re.escape(socket.gethostname())}, started .*, is at work on it"
     with lock_folder(here / "c"):
         code, _, err = ended(start(*XCALIB, *COLLECT, "--out", "c", "--workers", 2, cwd=here))
-    assert code == 2 and err.count("error:") == 1
+    assert code == 2 and err.count("error:") == 1, err
     assert re.search(rf"^error: c: {me}", err, re.MULTILINE)
     with lock_file(here / "p.yaml"):
         code, _, err = ended(start(*XCALIB, *search, "--out", "p.yaml", "--work", "w", cwd=here))
-    assert code == 2 and err.count("error:") == 1
+    assert code == 2 and err.count("error:") == 1, err
     assert re.search(rf"^error: p.yaml: {me}", err, re.MULTILINE)
     assert not (here / "w").exists()
 

@@ -111,6 +111,14 @@ def test_flags_override(run: Run) -> None:
     assert (values["seed"], values["method"]) == (5, "knapsack")
 
 
+def test_an_empty_list_is_nothing_given(run: Run) -> None:
+    Path("r.yaml").write_text("data: []\ntarget: []\nseed: 3\n")
+    values = read_recipe("r.yaml", OPTIONS)
+    assert values == {"seed": 3}
+    assert parse_recipe(recipe_text(values, "again"), OPTIONS) == values
+    assert run("search", "--recipe", "r.yaml", "--write-recipe", "w.yaml")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("recipe", "flags", "gone"),
     [

@@ -104,7 +104,7 @@ def _checked(
         except (ValueError, XcalibError) as error:
             place, said = _place(key, error)
             raise _yaml.fault(name, document.line_of(place), f"{_dotted(place)}: {said}") from None
-        if value is not None:
+        if value is not None and value != []:  # an empty list is nothing given, as on the command line
             values[plain] = value
     return values
 
