@@ -158,8 +158,11 @@ def _code_for(failures: dict[int, Any]) -> int:
     if not causes:
         return 0
     rank, code = causes[0]
-    if code in (2, 3, INTERRUPTED):  # expected, and rank 0 has said why
-        return code
+    expected = next((code for _rank, code in causes if code in (2, 3, INTERRUPTED)), None)
+    # Rank 0 has said why then. Another rank may be seen to end first, of a connection that broke under it, but not by a signal
+    # that somebody sent.
+    if expected is not None and (code >= 0 or code == -signal.SIGABRT):
+        return expected
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (as the system does when memory runs out)" if name == "SIGKILL" else ""
