@@ -320,7 +320,7 @@ def test_limits_of_control_groups(tmp_path: Path, case: str) -> None:
 def test_ranks_share_the_memory_of_their_host(
     monkeypatch: pytest.MonkeyPatch, installed: int | None, grouped: int | None, local: int, limit: int, said: str
 ) -> None:
-    monkeypatch.setattr(budget, "_installed", lambda: installed)
+    monkeypatch.setattr(budget, "host_memory", lambda: installed)
     monkeypatch.setattr(budget, "_cgroup_limit", lambda: grouped)
     assert budget._for_process(local) == (limit, said)
 
@@ -336,10 +336,10 @@ def test_the_share_of_a_rank_is_what_its_work_has_to_fit(
     monkeypatch.setattr(budget, "_cgroup_limit", lambda: None)
     need = largest_peak(load, ("sweep",), 2).total
     for installed, local in ((need, 1), (4 * need, 4), (2 * need, 2)):
-        monkeypatch.setattr(budget, "_installed", lambda size=installed: size)
+        monkeypatch.setattr(budget, "host_memory", lambda size=installed: size)
         ranks = Ranks(Place(0, 4, 0, local_size=local))
         assert chunks_within(model, (samples,), SETTINGS, ("sweep",), None, ranks).heads == 2
-    monkeypatch.setattr(budget, "_installed", lambda: need)
+    monkeypatch.setattr(budget, "host_memory", lambda: need)
     with pytest.raises(
         MemoryLimitError, match=r"are all that this machine has for each of 4 ranks, but samples of 640"
     ):
@@ -349,7 +349,7 @@ def test_the_share_of_a_rank_is_what_its_work_has_to_fit(
 
 
 def test_nothing_is_known_of_the_machine(model: Any, samples: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "_installed", lambda: None)
+    monkeypatch.setattr(budget, "host_memory", lambda: None)
     monkeypatch.setattr(budget, "_cgroup_limit", lambda: None)
     assert chunks_within(model, (samples,), SETTINGS, ("sweep",), None).heads is None
 

@@ -236,7 +236,7 @@ def test_a_million_token_sample_says_what_it_would_take(
 def test_what_the_machine_has_is_the_limit_on_a_cpu(
     tiny_model: Build, random_samples: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xcalib.collect.budget._installed", lambda: 2**20)
+    monkeypatch.setattr("xcalib.collect.budget.host_memory", lambda: 2**20)
     with pytest.raises(
         MemoryLimitError, match=r"^1\.0 MiB are all that this machine has, but samples of 330 tokens need "
     ):

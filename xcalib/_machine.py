@@ -17,6 +17,9 @@ def processor() -> str:
     return next(names, platform.processor())
 
 
-def host_memory() -> int:
-    """Bytes of memory that the host has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def host_memory() -> int | None:
+    """Bytes of memory that the host has, None where that cannot be read."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from xcalib._machine import host_memory
 from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.curves import CollectSettings
 from xcalib.collect.memory import most_heads
@@ -159,7 +160,7 @@ def chunks_for_search(
 
 def _for_process(local_ranks: int) -> tuple[int | None, str]:
     """Bytes that each of some processes on this machine may take, None where that cannot be read, and what to say of them."""
-    installed, grouped = _installed(), _cgroup_limit()
+    installed, grouped = host_memory(), _cgroup_limit()
     known = [size for size in (installed, grouped) if size is not None]
     if not known:
         return None, ""
@@ -197,14 +198,6 @@ def _number_in(path: Path) -> int | None:
     try:
         return int(path.read_text("ascii"))
     except (OSError, ValueError):
-        return None
-
-
-def _installed() -> int | None:
-    """Bytes of memory in this machine, None where that cannot be read."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
         return None
 
 

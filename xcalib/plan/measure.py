@@ -113,6 +113,8 @@ def measure_machine(
     rates, spread = fit(timings, REFERENCE_ONLY if where.type == "cuda" else ())
     clock = "process time, one thread" if own_time(where) else "wall time"
     memory = torch.cuda.get_device_properties(where).total_memory if where.type == "cuda" else host_memory()
+    if memory is None:
+        raise PlanError("this machine does not say how much memory it has, which a plan needs")
     label = torch.cuda.get_device_name(where) if where.type == "cuda" else processor()
     return Machine(
         name=name,
