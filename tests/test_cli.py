@@ -320,7 +320,11 @@ COMMANDS = {"search": ["search", "tiny", *QUICK], "collect": ["collect", "tiny",
             [*COMMANDS["collect"][:-1], "empty/.."], "is not empty and holds no collection", id="folder in use"
         ),
         pytest.param([*COMMANDS["collect"], "--data", "what"], "unknown data spec 'what'", id="collect data"),
-        pytest.param(["evaluate", "tiny"], "give --profile FILE, --uniform TAU, or both", id="nothing to evaluate"),
+        pytest.param(
+            ["evaluate", "tiny"],
+            "give --profile FILE, --uniform TAU, --published TAU",
+            id="nothing to evaluate",
+        ),
         pytest.param(["evaluate", "tiny", "--uniform", "1.5"], "uniform", id="tau"),
         pytest.param(["evaluate", "tiny", "--uniform", "0.5", "--resume"], "needs --work FOLDER", id="resume what"),
         pytest.param(["evaluate", "tiny", "-p", "gone.yaml"], r"gone\.yaml: cannot be read", id="no profile"),

@@ -178,6 +178,21 @@ def test_single_taus_use_the_method_of_the_profile(model: Any, profile: Profile)
     assert alone.order == "score"
 
 
+def test_published_single_taus_go_by_the_published_rule(model: Any, samples: Any, profile: Profile) -> None:
+    ours = make_profile(
+        **{**dict(profile), "method": {**profile.method.model_dump(), "pattern": "rows", "order": "recent"}}
+    )
+    plans = plans_to_evaluate(model, ours, point="a", uniform=[0.5], published=[0.5])
+    assert list(plans) == ["a", "tau=0.5", "published tau=0.5"]
+    rules = {name: (plan.pattern, plan.order, plan.stride, plan.block_size) for name, plan in plans.items()}
+    assert rules["tau=0.5"] == rules["a"] == ("rows", "recent", profile.method.stride, 64)
+    assert rules["published tau=0.5"] == ("antidiagonal", "score", profile.method.stride, 64)
+    found = evaluate(model, samples, ours, uniform=[0.2, 0.9], published=[0.2, 0.9])
+    density = found.plan("published tau=0.9").density
+    assert uniform_at(found, density, "published tau=").kl == pytest.approx(found.plan("published tau=0.9").kl)
+    assert uniform_at(found, found.plan("tau=0.9").density).tau == pytest.approx(0.9)
+
+
 def test_the_record_of_a_plan_tells_two_orders_apart(model: Any) -> None:
     """An interrupted evaluation goes on with the same plans only."""
     first, second = (plan_of(model, 0.5, order=order) for order in ("score", "recent"))
@@ -188,7 +203,7 @@ def test_the_record_of_a_plan_tells_two_orders_apart(model: Any) -> None:
 
 @pytest.mark.parametrize("tau", [-0.1, 1.1, math.nan, math.inf])
 def test_single_taus_are_checked(model: Any, samples: Any, tau: float) -> None:
-    with pytest.raises(DataError, match=r"uniform tau is .*, expected a number in \[0, 1\]"):
+    with pytest.raises(DataError, match=r"single tau is .*, expected a number in \[0, 1\]"):
         evaluate(model, samples, uniform=[tau])
 
 

@@ -8,6 +8,7 @@ names the line or the key. This module imports no model, search or terminal libr
 import hashlib
 import json as _json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,7 @@ __all__ = [
     "load_profile",
     "make_profile",
     "parse_profile",
+    "read_profile",
     "save_profile",
 ]
 
@@ -511,13 +513,31 @@ def _length_faults(profile: Profile, point: OperatingPoint) -> Iterator[tuple[Ke
             yield ("heldout", "by_length"), "must have the lengths of length_bins, each at most once and in order"
 
 
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
 def load_profile(path: str | os.PathLike[str]) -> Profile:
     """Read a profile file, JSON where it ends in ``.json`` or begins with ``{`` and YAML otherwise.
+
+    A name without a folder or one of these suffixes that is no file here, as ``"smollm2-135m"``, is that of a shipped profile.
 
     Raises ProfileError for a file that cannot be read, is not valid, or does not match its content_sha256.
     """
     name = os.fsdecode(path)
-    return parse_profile(read_regular(name, _yaml.MAX_BYTES), name=name)
+    return parse_profile(read_profile(name), name=name)
+
+
+def read_profile(name: str) -> bytes:
+    """The bytes of a profile file, or of a shipped profile, as :func:`load_profile` finds it; ProfileError if there is none."""
+    if os.path.lexists(name) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name.endswith(SUFFIXES):
+        return read_regular(name, _yaml.MAX_BYTES)
+    from xcalib import profiles
+
+    try:
+        return profiles.read(name)
+    except KeyError:
+        known = ", ".join(profiles.names())
+        raise _yaml.fault(name, None, f"no such file, and no shipped profile of this name; there is: {known}") from None
 
 
 def parse_profile(text: str | bytes, *, name: str = "<profile>", json: bool | None = None) -> Profile:
@@ -627,7 +647,7 @@ def save_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     """Write a ``.yaml``, ``.yml`` or ``.json`` file, whole or not at all; links are followed. Raises ProfileError."""
     name = os.fsdecode(path)
     suffix = Path(name).suffix.lower()
-    if suffix not in (".yaml", ".yml", ".json"):
+    if suffix not in SUFFIXES:
         raise _yaml.fault(name, None, f"a profile's name must end in .yaml, .yml or .json, got {_yaml.quote(suffix)}")
     text = dump_profile(profile, format="json" if suffix == ".json" else "yaml")
     if parse_profile(text, name=name) != profile:  # one made with model_construct, say

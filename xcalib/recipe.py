@@ -14,9 +14,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from xcalib import _yaml
-from xcalib._reading import read_regular
 from xcalib.errors import ProfileError, RecipeError, XcalibError
-from xcalib.profile import explain, parse_profile
+from xcalib.profile import explain, parse_profile, read_profile
 
 __all__ = ["Option", "parse_recipe", "read_recipe", "recipe_text"]
 
@@ -51,7 +50,7 @@ def read_recipe(path: str | os.PathLike[str], options: Mapping[str, Option]) -> 
     """The options that a recipe gives, by key; those that are null are left out.
 
     Args:
-        path: a recipe, or a profile with the recipe that made it.
+        path: a recipe, or a profile with the recipe that made it; a shipped profile by its name.
         options: what may be given, by long name with underscores; hyphens in the file stand for underscores.
 
     Raises:
@@ -59,7 +58,7 @@ def read_recipe(path: str | os.PathLike[str], options: Mapping[str, Option]) -> 
     """
     name = os.fsdecode(path)
     try:
-        data = read_regular(name, _yaml.MAX_BYTES)
+        data = read_profile(name)
     except ProfileError as error:
         raise RecipeError(str(error)) from None
     return parse_recipe(data, options, name=name)

@@ -19,6 +19,7 @@ from xcalib.cli.demo import run_demo
 from xcalib.cli.diff import diff
 from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
 from xcalib.cli.plan import plan
+from xcalib.cli.profiles import profiles
 from xcalib.cli.recipes import RecipeCommand, RecipeIn, RecipeOut, write_recipe
 from xcalib.cli.refine import refine
 from xcalib.cli.search import search
@@ -49,6 +50,7 @@ app.command(epilog="Example: `xcalib convert TABLE.py --name llama_fuse_8 --mode
 )
 app.command(epilog="Example: `xcalib diff old.yaml new.yaml --point balanced`")(diff)
 app.command(epilog="Example: `xcalib plan config.json --gpus 8 --samples 128 --max-length 131072 --price 4`")(plan)
+app.command(epilog="Example: `xcalib profiles`")(profiles)
 app.command(
     cls=RecipeCommand,
     epilog="Example: `xcalib refine profile.yaml --curves xcalib-out/demo/curves --trials 40 --out refined.yaml`",
@@ -137,6 +139,15 @@ def evaluate(
     uniform: Annotated[
         list[float] | None, typer.Option(min=0, max=1, help="Measure a single tau the same way; may be repeated.")
     ] = None,
+    published: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="TAU",
+            help="Measure a single tau by the published rule (antidiagonal, order by score), whatever the profile's.",
+        ),
+    ] = None,
     data: opt.Data = None,
     num_samples: Annotated[
         int | None,
@@ -165,8 +176,10 @@ def evaluate(
     as_json: opt.Json = False,
 ) -> None:
     """Compare MODEL attending sparsely with itself attending densely, on documents that calibration never saw."""
-    if profile is None and not uniform:
-        raise typer.BadParameter("give --profile FILE, --uniform TAU, or both", param_hint="--profile")
+    if profile is None and not uniform and not published:
+        raise typer.BadParameter(
+            "give --profile FILE, --uniform TAU, --published TAU, or several", param_hint="--profile"
+        )
     if resume and work is None:
         raise typer.BadParameter("needs --work FOLDER", param_hint="--resume")
     loaded_profile = load_profile(profile) if profile else None
@@ -176,7 +189,9 @@ def evaluate(
     default = ((record.lengths or (record.max_length,)) if record and record.samples else None) or (opt.DEFAULT_LENGTH,)
     tokens = opt.chosen_lengths(lengths, max_length, min_length, default[-1:] if min_length else default)
     loaded = opt.open_model(model, device, dtype, trust_remote_code, device_map)
-    plans = plans_to_evaluate(loaded.model, loaded_profile, point=point, uniform=uniform or ())
+    plans = plans_to_evaluate(
+        loaded.model, loaded_profile, point=point, uniform=uniform or (), published=published or ()
+    )
     sets = opt.read_sets(
         data or (list(record.sources) if record else None),
         loaded,

@@ -1,7 +1,6 @@
 """``xcalib demo``: the whole job on the real SmolLM2-135M, ending with the profile against the best single tau."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from xcalib.cli.output import console, evaluation_table, interval_labels, progre
 from xcalib.cli.show import render_profile
 from xcalib.collect import CollectSettings, collect
 from xcalib.collect.units import Units
-from xcalib.evaluation import Evaluation, evaluate_plans, plans_to_evaluate, uniform_at
+from xcalib.evaluation import PUBLISHED, Evaluation, evaluate_plans, plans_to_evaluate, uniform_at
 from xcalib.profile import Profile, save_profile
 from xcalib.search import DEFAULT_TARGETS, build_profile, judge
 from xcalib.search.evidence import with_evidence
@@ -54,12 +53,7 @@ def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any
         loaded.model, samples, work / "curves", settings=DEMO_SETTINGS, name="demo", resume=resume, progress=progress
     )
     profile = build_profile(curves, DEFAULT_TARGETS)
-    plans = plans_to_evaluate(loaded.model, profile, uniform=SINGLE_TAUS)
-    plans |= {
-        name: replace(plan, pattern="antidiagonal", order="score")
-        for name, plan in plans.items()
-        if name.startswith("tau=")
-    }
+    plans = plans_to_evaluate(loaded.model, profile, published=SINGLE_TAUS)
     identity = {
         "plans": {k: v.record() for k, v in plans.items()},
         "data": heldout.tokens_sha256,
@@ -87,7 +81,7 @@ def compare(profile: Profile, found: Evaluation) -> dict[str, Any]:
     """The balanced point against the single tau of the same held-out density, and prediction against measurement."""
     predicted, measured = profile.point(POINT).predicted, found.plan(POINT)
     assert predicted is not None  # the search predicts every point
-    uniform = uniform_at(found, measured.density)
+    uniform = uniform_at(found, measured.density, PUBLISHED)
     return {
         "density": measured.density,
         "kl": measured.kl,

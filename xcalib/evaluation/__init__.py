@@ -16,7 +16,7 @@ from xcalib.errors import DataError, NonFiniteError
 from xcalib.evaluation.by_length import Bins, LengthResult, part_by_length
 from xcalib.evaluation.results import Evaluation, SampleResult, summarise
 from xcalib.evaluation.timing import Stopwatch
-from xcalib.evaluation.uniform import UniformPoint, uniform_at
+from xcalib.evaluation.uniform import PUBLISHED, UNIFORM, UniformPoint, uniform_at
 from xcalib.kernels import visible_blocks
 from xcalib.models.logits import LogitHead, sampled_positions
 from xcalib.models.placement import input_device, run_devices
@@ -26,6 +26,7 @@ from xcalib.progress import Progress, silent
 from xcalib.runtime import check_fits, sparse_plan
 
 __all__ = [
+    "PUBLISHED",
     "Evaluation",
     "LengthResult",
     "UniformPoint",
@@ -45,6 +46,7 @@ def evaluate(
     *,
     point: str | None = None,
     uniform: Sequence[float] = (),
+    published: Sequence[float] = (),
     tokenizer: Any = None,
     skip_bad: bool = False,
     progress: Progress = silent,
@@ -55,9 +57,10 @@ def evaluate(
         model: a transformers causal language model, in evaluation mode.
         data: samples; those with answers are scored when ``tokenizer`` is given. Several sets are pooled, and the result has
             each set's length apart (``Evaluation.by_length``).
-        profile: its points (or one ``point``) are measured; None measures the dense model and ``uniform`` only.
+        profile: its points (or one ``point``) are measured; None measures the dense model and single taus only.
         point: name of the one operating point to measure; default all.
         uniform: single taus to measure the same way, with the profile's method.
+        published: single taus by the published rule (antidiagonal, order by score), with the profile's stride and block size.
         tokenizer: turns generated tokens into text.
         skip_bad: leave out samples that give numbers that are not finite, up to half of them, in place of an error.
         progress: draws the work.
@@ -71,7 +74,7 @@ def evaluate(
     together = pooled(sets)
     if profile is not None:
         refuse_overlap(profile.calibration.documents, together)
-    plans = plans_to_evaluate(model, profile, point=point, uniform=uniform)
+    plans = plans_to_evaluate(model, profile, point=point, uniform=uniform, published=published)
     lengths = [one.length for one in sets]
     return evaluate_plans(
         model, together, plans, tokenizer=tokenizer, lengths=lengths, skip_bad=skip_bad, progress=progress
@@ -79,9 +82,17 @@ def evaluate(
 
 
 def plans_to_evaluate(
-    model: Any, profile: Profile | None, *, point: str | None = None, uniform: Sequence[float] = ()
+    model: Any,
+    profile: Profile | None,
+    *,
+    point: str | None = None,
+    uniform: Sequence[float] = (),
+    published: Sequence[float] = (),
 ) -> dict[str, SparsePlan]:
     """Thresholds by name: the profile's points (or one) and single taus, as ``tau=0.9``, with the profile's method.
+
+    ``published`` taus, as ``published tau=0.9``, go by the published rule (antidiagonal, order by score), whatever the profile's,
+    with its stride and block size.
 
     Raises:
         ModelError: the profile is another model's.
@@ -94,7 +105,10 @@ def plans_to_evaluate(
         names = [profile.point(point).name] if point is not None else [candidate.name for candidate in profile.points]
         plans = {name: sparse_plan(profile, name) for name in names}
     for tau in uniform:
-        plans[f"tau={tau:g}"] = _uniform_plan(model, profile, tau)
+        plans[f"{UNIFORM}{tau:g}"] = _uniform_plan(model, profile, tau)
+    for tau in published:
+        plan = _uniform_plan(model, profile, tau)
+        plans[f"{PUBLISHED}{tau:g}"] = dataclasses.replace(plan, pattern="antidiagonal", order="score")
     return plans
 
 
@@ -110,7 +124,7 @@ def refuse_overlap(documents: Iterable[str], data: SampleSet) -> None:
 
 def _uniform_plan(model: Any, profile: Profile | None, tau: float) -> SparsePlan:
     if not 0 <= tau <= 1:
-        raise DataError(f"uniform tau is {tau}, expected a number in [0, 1]")
+        raise DataError(f"single tau is {tau}, expected a number in [0, 1]")
     config = model.config.get_text_config()
     shape = (1, config.num_hidden_layers, config.num_attention_heads)
     if profile is None:

@@ -7,9 +7,11 @@ import numpy as np
 from xcalib.errors import DataError
 from xcalib.evaluation.results import Evaluation
 
-__all__ = ["UniformPoint", "uniform_at"]
+__all__ = ["PUBLISHED", "UNIFORM", "UniformPoint", "uniform_at"]
 
-PREFIX = "tau="
+# What the names of single taus begin with: those by the profile's own rule, and those by the published one.
+UNIFORM = "tau="
+PUBLISHED = "published tau="
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,16 @@ class UniformPoint:
     kl: float
 
 
-def uniform_at(evaluation: Evaluation, density: float) -> UniformPoint:
-    """Interpolate the measured single taus at ``density``: log KL and tau, linear in density.
+def uniform_at(evaluation: Evaluation, density: float, prefix: str = UNIFORM) -> UniformPoint:
+    """Interpolate the measured single taus whose names begin with ``prefix`` at ``density``: log KL and tau, linear in density.
 
     Raises:
         DataError: fewer than two single taus were measured, or their densities do not enclose ``density``.
     """
     rows = sorted(
-        (plan.density, float(plan.name.removeprefix(PREFIX)), plan.kl)
+        (plan.density, float(plan.name.removeprefix(prefix)), plan.kl)
         for plan in evaluation.plans
-        if plan.name.startswith(PREFIX)
+        if plan.name.startswith(prefix)
     )
     if len(rows) < 2 or not rows[0][0] <= density <= rows[-1][0]:
         measured = ", ".join(f"{row[0]:.3f}" for row in rows) or "none"
