@@ -302,7 +302,7 @@ def main() -> None:
         if arguments.png:
             figure.savefig(file, dpi=130)
         else:  # dpi: of the crowds of lines, which are pixels
-            figure.savefig(file, dpi=80, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+            figure.savefig(file, dpi=66, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         plt.close(figure)
         print(f"{file} {file.stat().st_size / 1000:.0f} kB")
 
