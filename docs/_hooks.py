@@ -1,11 +1,11 @@
 """What the site has beside the pages in docs/: made while it is built, so that it is never out of date.
 
 The command line reference comes from the commands themselves, the changelog from CHANGELOG.md. Links to code or data outside
-docs/, which are right in a checkout, get a page (Python, folders) or a copy (anything else) under ``source/`` on the site.
+docs/, and to Python inside it, are right in a checkout; on the site they get a page (Python, folders) or a copy (anything else)
+under ``source/``.
 """
 
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -13,13 +13,17 @@ from posixpath import normpath, relpath
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from _cli import ROOT, command_line
+
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
-_OPTION = re.compile(r"^\* `(?P<name>[^`]+)`(?:: (?P<text>.*))?$")
+_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "docs": "index.md"}  # what is a page already
+_LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
 _links: list[tempfile.TemporaryDirectory[str]] = []
 
 
@@ -46,12 +50,15 @@ def on_shutdown() -> None:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages and whatever outside docs/ the pages link to."""
     files.append(File.generated(config, "cli.md", content=command_line()))
-    files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text("utf-8")))
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8").replace("](docs/", "](")
+    files.append(File.generated(config, "changelog.md", content=changes))
     targets: set[Path] = set()
     for page in files.documentation_pages():
         links = _LINK.finditer(page.content_string)
         targets |= {found for link in links if (found := _source(page.src_uri, link[2])) is not None}
-    for target in sorted(targets):
+    for folder in [target for target in targets if (ROOT / target).is_dir()]:
+        targets |= {file.relative_to(ROOT) for file in _listed(ROOT / folder) if file.suffix == ".py"}
+    for target in sorted(target for target in targets if target.as_posix() not in _PAGES):
         files.append(_source_file(target, config))
     return files
 
@@ -60,50 +67,24 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Point links that leave docs/ at what stands for them on the site."""
     del config, files
     here = page.file.src_uri
+    if here.startswith("source/") and here.endswith(".py.md"):
+        return markdown
+    if here == "profile-format.md":
+        markdown = f"{markdown}\n\n## JSON Schema\n\n{_folded('profile.schema.json')}"
 
     def replace(link: re.Match[str]) -> str:
         target = _source(here, link[2])
-        if target is None:
-            return link[0]
-        return f"{link[1]}{relpath(_source_uri(target), PurePosixPath(here).parent)}{link[3]}"
+        return link[0] if target is None else f"{link[1]}{relpath(_uri(target), PurePosixPath(here).parent)}{link[3]}"
 
     return _LINK.sub(replace, markdown)
 
 
-def command_line() -> str:
-    """The command line reference in Markdown: a section for each command of the app."""
-    command = [sys.executable, "-m", "typer", "xcalib.cli.app", "utils", "docs", "--name", "xcalib"]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if made.returncode:
-        raise RuntimeError(f"{' '.join(command)}:\n{made.stderr}")
-    text = made.stdout.replace("# `xcalib`", "# Command line", 1)
-    text = re.sub(r"\(docs/([\w/-]+\.md(?:#[\w-]+)?)\)", r"([more](\1))", text)  # as help texts point at pages
-    text = re.sub(r"^Example: `(.+)`$", r"**Example**:\n\n```bash\n\1\n```", text, flags=re.MULTILINE)
-    text = re.sub(r"^```console\n\$ ", "```text\n", text, flags=re.MULTILINE)
-    whole = dict(re.findall(r"^## `xcalib (\w+)`\n\n(.+)$", text, flags=re.MULTILINE))
-    text = re.sub(r"^\* `(\w+)`: .*\.\.\.$", lambda cut: f"* `{cut[1]}`: {whole[cut[1]]}", text, flags=re.MULTILINE)
-    return "\n".join(_rows(text.splitlines())) + "\n"
-
-
-def _rows(lines: list[str]) -> list[str]:
-    """Lists of options, arguments and commands as tables; a command's name leads to its section."""
-    result: list[str] = []
-    kind, inside = "", False
-    for line in lines:
-        heading = re.match(r"\*\*(Option|Argument|Command)s\*\*:$", line)
-        if heading:
-            kind = heading[1]
-            continue
-        option = _OPTION.match(line)
-        if option and not inside:
-            result += [f"| {kind} | |", "|---|---|"]
-        inside = option is not None
-        if option is None:
-            result.append(line if "`" in line else line.replace("][", "]\\["))
-            continue
-        name, text = (str(option[part] or "").replace("|", "\\|").replace("][", "]\\[") for part in ("name", "text"))
-        result.append(f"| [`{name}`](#xcalib-{name}) | {text} |" if kind == "Command" else f"| `{name}` | {text} |")
-    return result
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that would load something from elsewhere."""
+    del config
+    if outside := _LOADED.search(output):
+        raise PluginError(f"{page.file.src_uri}: loads from outside: {outside[0]}")
+    return output
 
 
 def _source(page: str, link: str) -> Path | None:
@@ -117,19 +98,32 @@ def _source(page: str, link: str) -> Path | None:
     return Path(target)
 
 
-def _source_uri(target: Path) -> str:
+def _uri(target: Path) -> str:
     """Where the site has it, as a source path of mkdocs."""
-    is_page = target.suffix == ".py" or (ROOT / target).is_dir()
-    return f"source/{target.as_posix()}.md" if is_page else f"source/{target.as_posix()}"
+    if target.as_posix() in _PAGES:
+        return _PAGES[target.as_posix()]
+    if target.suffix == ".py" or (ROOT / target).is_dir():
+        return f"source/{target.as_posix()}.md"
+    return f"source/{target.as_posix()}{'.txt' if target.suffix == '.md' else ''}"
+
+
+def _listed(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "_")))
+
+
+def _folded(name: str) -> str:
+    """A JSON file of docs/, folded up."""
+    lines = (ROOT / "docs" / name).read_text("utf-8").rstrip().splitlines()
+    body = "\n".join(f"    {line}" for line in lines)
+    return f'??? note "{name}, {len(lines):,} lines"\n    ```json\n{body}\n    ```\n'
 
 
 def _source_file(target: Path, config: MkDocsConfig) -> File:
-    path, uri = ROOT / target, _source_uri(target)
+    path, uri = ROOT / target, _uri(target)
     title = f"---\ntitle: {target.name}\nsearch:\n  exclude: true\n---\n\n# `{target.as_posix()}`\n\n"
     if path.is_dir():
-        names = sorted(file.name for file in path.iterdir() if file.is_file() and not file.name.startswith((".", "_")))
         base = relpath(target.as_posix().removeprefix("docs/"), PurePosixPath(uri).parent)
-        content = title + "\n".join(f"- [{name}]({base}/{name})" for name in names) + "\n"
+        content = title + "\n".join(f"- [{file.name}]({base}/{file.name})" for file in _listed(path)) + "\n"
     elif target.suffix == ".py":
         content = f"{title}``````python\n{path.read_text('utf-8').rstrip()}\n``````\n"
     else:
