@@ -41,5 +41,6 @@ def _rows(lines: list[str]) -> list[str]:
             result.append(line if "`" in line else line.replace("][", "]\\["))
             continue
         name, text = (str(option[part] or "").replace("|", "\\|").replace("][", "]\\[") for part in ("name", "text"))
-        result.append(f"| [`{name}`](#xcalib-{name}) | {text} |" if kind == "Command" else f"| `{name}` | {text} |")
+        shown = f"[`{name}`](#xcalib-{name})" if kind == "Command" else f"`{name}`{{ .option }}"
+        result.append(f"| {shown} | {text} |")
     return result
