@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _cli import ROOT, command_line
 
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+# D[h][m] outside code is text and no reference
+_INDICES = re.compile(r"(^```.*?^```|^ {4}.*?$|`[^`\n]+`)|(?<=\w)(\[[^\]\s]+\])\[", re.MULTILINE | re.DOTALL)
 _PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "docs": "index.md"}  # what is a page already
 _LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
 _links: list[tempfile.TemporaryDirectory[str]] = []
@@ -71,6 +73,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
     if here == "profile-format.md":
         markdown = f"{markdown}\n\n## JSON Schema\n\n{_folded('profile.schema.json')}"
+
+    markdown = _INDICES.sub(lambda found: found[1] or f"{found[2]}\\[", markdown)
 
     def replace(link: re.Match[str]) -> str:
         target = _source(here, link[2])
