@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint docs format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -23,12 +23,15 @@ lint: $(VENV)/.lint
 	ln -s $(CURDIR)/profiles .lint/xcalib/profiles
 	cd .lint && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --python-executable $(CURDIR)/$(BIN)/python --package xcalib
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file .mkdocs.yml
+
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .lint build dist *.egg-info xcalib-demo
+	rm -rf $(VENV) .lint .site build dist *.egg-info xcalib-demo
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -47,4 +50,8 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV)/.lint: $(VENV)/.test
 	$(INSTALL) --editable '.[lint]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(INSTALL) --editable '.[docs]'
 	touch $@
