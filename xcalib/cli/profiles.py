@@ -17,9 +17,11 @@ __all__ = ["profiles"]
 def profiles(as_json: opt.Json = False) -> None:
     """The profiles that ship with xcalib, with what was measured held out; every command takes their names for a file."""
     found = {name: load_profile(name) for name in shipped.names()}
-    console.print(_table(found))
+    for name, profile in found.items():
+        console.print(Text.assemble((name, "bold"), f"  {_what(profile)}"), soft_wrap=True)
+        console.print(_points(profile))
     for line in (
-        "KL in nats per token, with its interval over held-out samples",
+        "* default; KL in nats per token, with its interval over held-out samples",
         "look at one:  xcalib show NAME",
         "serve it:     xcalib.apply_profile(model, xcalib.load_profile(NAME))",
         "make it anew: xcalib search --recipe NAME --out again.yaml",
@@ -29,23 +31,22 @@ def profiles(as_json: opt.Json = False) -> None:
         print_json([_record(name, profile) for name, profile in found.items()])
 
 
-def _table(found: dict[str, Profile]) -> Table:
+def _what(profile: Profile) -> str:
+    model, lengths = profile.model, profile.calibration.lengths or (profile.calibration.max_length,)
+    tokens = ", ".join(f"{length:,}" for length in lengths)
+    return f"{model.name}: {model.layers} layers x {model.query_heads} heads, {tokens} tokens"
+
+
+def _points(profile: Profile) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for column in ("name", "model", "point"):
-        table.add_column(column, overflow="fold")
+    table.add_column("point", no_wrap=True)
+    table.add_column("target")
     for column in ("density", "KL", "from", "to", "samples"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, profile in found.items():
-        for index, point in enumerate(profile.points):
-            first = (name, _model(profile)) if index == 0 else ("", "")
-            default = "*" if point.name == profile.default_point else ""
-            table.add_row(*map(Text, (*first, point.name + default, *_evidence(point))))
+    for point in profile.points:
+        default = "*" if point.name == profile.default_point else ""
+        table.add_row(*map(Text, (point.name + default, point.target, *_evidence(point))))
     return table
-
-
-def _model(profile: Profile) -> str:
-    model, lengths = profile.model, profile.calibration.lengths or (profile.calibration.max_length,)
-    return f"{model.name}: {model.layers} x {model.query_heads} heads, to {max(lengths):,} tokens"
 
 
 def _evidence(point: OperatingPoint) -> tuple[str, str, str, str, str]:

@@ -154,8 +154,7 @@ def make() -> Machine:
     )
 
 
-def check() -> str:
-    machine = load_machine("h200")
+def check(machine: Machine) -> str:
     rows = [(timing.what, machine.seconds(timing.work), timing.seconds) for n, timing in kernels() if n not in FITTED]
     rows += [(f"calibration-8b, {row.step}", row.predicted, row.measured) for row in check_run(calibration(), machine)]
     rows += [(one.what, machine.seconds(one.work), one.seconds) for one in map(dense, (0, 1, 2))]
@@ -170,10 +169,14 @@ def check() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("do", choices=("fit", "check"))
-    if parser.parse_args().do == "fit":
+    parser.add_argument(
+        "--machine", default="h200", help="whose rates are checked: h200, or a file of xcalib plan --measure"
+    )
+    options = parser.parse_args()
+    if options.do == "fit":
         OUT.write_text(json.dumps(make().record(), indent=1) + "\n")
     else:
-        sys.stdout.write(check() + "\n")
+        sys.stdout.write(check(load_machine(options.machine)) + "\n")
 
 
 if __name__ == "__main__":

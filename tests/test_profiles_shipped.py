@@ -1,0 +1,146 @@
+"""The profiles that ship with xcalib: found by name, each with evidence that the committed measurements repeat."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import xcalib
+from xcalib import profiles
+from xcalib.errors import ProfileError
+from xcalib.profile import load_profile, make_profile, save_profile
+from xcalib.recipe import read_recipe
+from xcalib.search import DEFAULT_TARGETS, build_profile
+
+ROOT = Path(__file__).parent.parent
+EVIDENCE = ROOT / "docs" / "benchmarks" / "profiles"
+Run = Callable[..., tuple[int, str, str]]
+
+
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("ship", EVIDENCE / "ship.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_names_are_those_of_the_folder() -> None:
+    found = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
+    assert list(profiles.names()) == found
+    assert "smollm2-135m" in found
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_every_point_has_evidence_that_is_committed(name: str) -> None:
+    profile = xcalib.load_profile(name)
+    measured = json.loads((EVIDENCE / name / "evaluation.json").read_text())
+    plans = {plan["name"]: plan for plan in measured["plans"]}
+    assert {"published tau=0.97", "tau=0.8"} <= set(plans)  # what the points are held against, from the same run
+    for point in profile.points:
+        heldout = point.heldout
+        assert point.verified is True and heldout is not None and heldout.intervals is not None
+        assert heldout.kl == pytest.approx(plans[point.name]["kl"], rel=1e-6)
+        assert heldout.density == pytest.approx(plans[point.name]["density"], rel=1e-6)
+        assert heldout.samples == measured["samples"] >= 30
+    assert profile.recipe is not None and len(profile.recipe["target"]) == len(profile.points)
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_the_file_is_what_the_script_makes_of_the_search(name: str) -> None:
+    shipped = load_profile(name)
+    assert script().shipped(load_profile(EVIDENCE / name / "searched.yaml"), shipped.model.name) == shipped
+
+
+def test_points_that_held_out_data_refute_are_not_shipped() -> None:
+    searched = load_profile(EVIDENCE / "smollm2-135m" / "searched.yaml")
+    refuted = [point for point in searched.points if not point.verified]
+    assert [point.name for point in refuted] == ["fast"]
+    with pytest.raises(SystemExit, match="confirm no point"):
+        script().shipped(
+            make_profile(**{**dict(searched), "points": tuple(refuted), "default_point": "fast"}), searched.model.name
+        )
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_the_committed_curves_give_thresholds_for_other_targets(name: str) -> None:
+    """Without a GPU, and without the model: what the page says they are there for."""
+    from xcalib.collect import load_curve_sets
+
+    found = build_profile(load_curve_sets(EVIDENCE / name / "curves"), DEFAULT_TARGETS[:2])
+    shipped = load_profile(name)
+    assert found.model.config_sha256 == shipped.model.config_sha256
+    assert found.calibration.tokens_sha256 == shipped.calibration.tokens_sha256
+    assert found.length_bins == shipped.length_bins
+
+
+def test_a_file_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = load_profile("retrieval-4m")
+    save_profile(other, "other.yaml")
+    (tmp_path / "other.yaml").rename(tmp_path / "smollm2-135m")
+    assert load_profile("smollm2-135m") == other
+    assert load_profile("smollm2-135m").model.layers == 6
+
+
+@pytest.mark.parametrize("name", ["smollm3", "gone-7b", "qwen2.5"])
+def test_unknown_names_are_told_the_known_ones(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ProfileError, match=rf"^{name}: no such file, .* shipped .* there is: retrieval-4m, smollm2-135m$"
+    ):
+        load_profile(name)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m.yaml", "../smollm2-135m", "./smollm2-135m", "a/../b", ""])
+def test_paths_are_never_taken_for_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ProfileError, match=r"cannot be read|not a file"):
+        load_profile(name)
+    with pytest.raises(KeyError):
+        profiles.read(name)
+
+
+def test_profiles_command(run: Run) -> None:
+    code, out, err = run("profiles", "--json")
+    assert code == 0
+    listed = {one["name"]: one for one in json.loads(out)}
+    assert list(listed) == list(profiles.names())
+    point = listed["smollm2-135m"]["points"][0]
+    assert "thresholds" not in point and point["heldout"]["intervals"]["kl"][0] < point["heldout"]["kl"]
+    assert "SmolLM2-135M-Instruct" in err and "xcalib search --recipe NAME" in err
+    assert f"{point['heldout']['density']:.1%}" in err
+
+
+def test_commands_take_names(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("validate", "smollm2-135m")[0] == 0
+    assert "30 layers" in run("show", "smollm2-135m")[1]
+    assert run("search", "--recipe", "smollm2-135m", "--write-recipe", "again.yaml")[0] == 0
+    from xcalib.cli.recipes import options_of
+    from xcalib.cli.search import search
+
+    recipe = read_recipe(tmp_path / "again.yaml", options_of(search))
+    assert recipe["lengths"] == "2048,4096,8192" and recipe["block_size"] == 64
+    code, _, err = run("show", "smollm3")
+    assert code == 2 and err.count("\n") == 1 and "smollm2-135m" in err
+
+
+@pytest.mark.model
+def test_the_smollm2_profile_serves_the_demo_model() -> None:
+    import torch
+
+    from xcalib.models.loading import load_model
+
+    loaded = load_model("demo")
+    ids = torch.arange(300, 300 + 512)[None] % 40000
+    with torch.no_grad():
+        dense = loaded.model(ids).logits
+        with xcalib.apply_profile(loaded.model, xcalib.load_profile("smollm2-135m"), "fidelity") as handle:
+            sparse = loaded.model(ids).logits
+            stats = handle.stats()
+    assert stats["sparse_calls"] == 30 and 0 < stats["density"] < 1
+    assert bool(torch.isfinite(sparse).all()) and not torch.equal(dense, sparse)
