@@ -113,6 +113,15 @@ def test_table_fits_80_columns_with_three_points() -> None:
     assert all(name in text for name in (*names, "ruler:niah_multikey_3", "50-100"))
 
 
+def test_many_plans_stand_below_each_other() -> None:
+    names = ["fidelity", "balanced", *(f"published tau={tau}" for tau in (0.5, 0.6, 0.7, 0.8, 0.9))]
+    text = drawn(evaluation([sample("ruler:vt")] * 2, [[1.0] * 8, [0.5] * 8], names), width=80)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows if row[0]] == ["dense", *names]
+    assert rows[2:4] == [["fidelity", "75.0%"], ["", "50-100"]]
+    assert "ruler:vt, 2" in text and "beside each task its samples" in text
+
+
 # --- on the tiny model, from the command line
 
 
