@@ -1,15 +1,18 @@
 """The table of accuracies by task."""
 
+from typing import TYPE_CHECKING
+
 from rich.markup import escape
 from rich.table import Table
 
-from xcalib.evaluation import Evaluation
-from xcalib.evaluation.by_task import TaskAccuracy
+if TYPE_CHECKING:
+    from xcalib.evaluation import Evaluation
+    from xcalib.evaluation.by_task import TaskAccuracy
 
 __all__ = ["task_table"]
 
 
-def task_table(evaluation: Evaluation) -> Table:
+def task_table(evaluation: "Evaluation") -> Table:
     """One row for each task, with its metric if that is not recall; under each accuracy its interval, where the task has
     two samples or more."""
     table = Table(title="accuracy by task", title_justify="left", caption_justify="left")
@@ -29,7 +32,7 @@ def task_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def _cell(found: TaskAccuracy) -> str:
+def _cell(found: "TaskAccuracy") -> str:
     if found.interval is None:
         return f"{found.accuracy:.1%}"
     low, high = found.interval

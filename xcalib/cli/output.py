@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -14,8 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from xcalib.errors import XcalibWarning
-from xcalib.evaluation import Evaluation
-from xcalib.evaluation.bootstrap import Interval
+
+if TYPE_CHECKING:
+    from xcalib.evaluation import Evaluation
+    from xcalib.evaluation.bootstrap import Interval
 
 __all__ = [
     "by_layer_table",
@@ -106,7 +108,7 @@ def interval_labels(confidence: float) -> tuple[str, str]:
     return f"  {confidence:.0%} from", f"  {confidence:.0%} to"
 
 
-def evaluation_table(evaluation: Evaluation, title: str) -> Table:
+def evaluation_table(evaluation: "Evaluation", title: str) -> Table:
     """Dense and every plan, one row each, and below it two rows with the ends of its intervals where it has any."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("attention")
@@ -138,7 +140,7 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
     return table
 
 
-def _add_ends(table: Table, evaluation: Evaluation, kl: Interval | None, accuracy: Interval | None) -> None:
+def _add_ends(table: Table, evaluation: "Evaluation", kl: "Interval | None", accuracy: "Interval | None") -> None:
     if kl is None and accuracy is None:
         return
     for end, label in enumerate(interval_labels(evaluation.confidence)):
@@ -146,7 +148,7 @@ def _add_ends(table: Table, evaluation: Evaluation, kl: Interval | None, accurac
         table.add_row(label, "", kl_end, "", "", "" if accuracy is None else _percent(accuracy[end]), "")
 
 
-def by_layer_table(evaluation: Evaluation, columns: int = 10) -> Table:
+def by_layer_table(evaluation: "Evaluation", columns: int = 10) -> Table:
     """Density of every layer in percent, ten layers a line; a dash where a layer stays dense."""
     table = Table(title="density by layer, %", title_justify="left")
     table.add_column("attention")

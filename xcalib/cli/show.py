@@ -1,18 +1,25 @@
 """A profile in the terminal: what it is, what it costs, and its thresholds as a heatmap and a histogram."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from xcalib.cli import options as opt
 from xcalib.cli.by_length import bin_name, point_by_length
-from xcalib.cli.output import interval_labels
-from xcalib.profile import OperatingPoint, Profile
+from xcalib.cli.output import interval_labels, print_json
 
-__all__ = ["render_profile", "unverified_points"]
+if TYPE_CHECKING:
+    from xcalib.profile import OperatingPoint, Profile
+
+__all__ = ["render_profile", "show", "unverified_points"]
 
 # Cividis, which reads the same with every kind of colour blindness, at tau = 0, .25, .5, .75 and 1.
 _CIVIDIS = ((0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 175, 111), (254, 232, 56))
@@ -24,7 +31,23 @@ _VERIFIED = {None: "", True: "; verified", False: "; NOT verified"}
 Rows = Sequence[Sequence[float]]
 
 
-def render_profile(profile: Profile, console: Console, point: str | None = None) -> None:
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile.")],
+    point: Annotated[str | None, typer.Option(help="Operating point of the heatmap; default the profile's.")] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Summary of a profile and a heatmap of its thresholds, layers x heads."""
+    from xcalib.profile import load_profile
+
+    profile = load_profile(file)
+    if as_json:
+        profile.point(point)
+        print_json(json.loads(profile.model_dump_json()))
+        return
+    render_profile(profile, Console(highlight=False), point)
+
+
+def render_profile(profile: "Profile", console: Console, point: str | None = None) -> None:
     """Print a summary of ``profile`` and the thresholds of one operating point (None: the default one).
 
     Raises ProfileError when there is no such point.
@@ -52,7 +75,7 @@ def render_profile(profile: Profile, console: Console, point: str | None = None)
         _print_histogram(console, rows, profile.dense_layers)
 
 
-def _summary(profile: Profile) -> Table:
+def _summary(profile: "Profile") -> Table:
     model, method, calibration = profile.model, profile.method, profile.calibration
     commit = f" @ {model.commit[:12]}" if model.commit else ""
     lengths = f"{calibration.min_length:,} to {calibration.max_length:,} tokens"
@@ -79,13 +102,13 @@ def _summary(profile: Profile) -> Table:
     return grid
 
 
-def _lengths(profile: Profile) -> str:
+def _lengths(profile: "Profile") -> str:
     last = profile.length_bins[-1].max_length
     beyond = "" if last is None else f"; beyond {last - 1:,} as in the last, counted as extrapolated"
     return "; ".join(bin_name(length_bin) for length_bin in profile.length_bins) + beyond
 
 
-def _points_table(profile: Profile) -> Table:
+def _points_table(profile: "Profile") -> Table:
     caption = "* default; - not measured; KL in nats per token; gap: at most this far from the best"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left", padding=(0, 1))
     table.add_column("point", overflow="fold")
@@ -98,7 +121,7 @@ def _points_table(profile: Profile) -> Table:
     return table
 
 
-def _point_rows(point: OperatingPoint, *, is_default: bool) -> list[list[str]]:
+def _point_rows(point: "OperatingPoint", *, is_default: bool) -> list[list[str]]:
     predicted, heldout = point.predicted, point.heldout
     name = f"{point.name}*" if is_default else point.name
     gap = "-" if point.bound is None or point.bound.gap is None else f"{point.bound.gap:.2%}"
@@ -119,7 +142,7 @@ def _point_rows(point: OperatingPoint, *, is_default: bool) -> list[list[str]]:
     return rows
 
 
-def unverified_points(profile: Profile) -> str:
+def unverified_points(profile: "Profile") -> str:
     """What ``validate`` adds for points that held-out data do not back: empty when there are none."""
     names = [f"{point.name} ({point.target})" for point in profile.points if point.verified is False]
     return f"; NOT verified: {', '.join(names)}" if names else ""
