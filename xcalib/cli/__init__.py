@@ -15,6 +15,11 @@ def main() -> None:
     import typer
 
     from xcalib.cli.app import app
+    from xcalib.cli.completion import COMPLETING, whole_words
+
+    if os.environ.get(COMPLETING) == "complete_bash":
+        with whole_words():
+            app(prog_name="xcalib")
 
     usage_error: Any = typer.BadParameter.__bases__[0]  # typer has no public name for its base
     try:

@@ -13,6 +13,7 @@ from xcalib._files import replace_file
 from xcalib._lock import remove_folder
 from xcalib.choices import ABLATIONS
 from xcalib.cli import options as opt
+from xcalib.cli.completion import offering
 from xcalib.cli.output import console, print_json, progress, resumable
 from xcalib.errors import AblationError
 
@@ -28,6 +29,7 @@ def ablate(
             "--table",
             "-t",
             metavar="TABLE",
+            autocompletion=offering(*ABLATIONS, "all"),
             help=f"Required: {', '.join(ABLATIONS)} or all; may be given several times.",
         ),
     ] = None,

@@ -13,7 +13,9 @@ from xcalib.cli.bench import bench
 from xcalib.cli.collect import collect
 from xcalib.cli.convert import convert
 from xcalib.cli.diff import diff
+from xcalib.cli.doctor import doctor
 from xcalib.cli.evaluate import evaluate
+from xcalib.cli.inspect import inspect
 from xcalib.cli.output import print_json, resumable
 from xcalib.cli.plan import plan
 from xcalib.cli.recipes import RecipeCommand
@@ -32,6 +34,8 @@ app = typer.Typer(
 )
 
 # In the order in which they are met: before, during and after a calibration, and tools.
+app.command(epilog="Example: `xcalib doctor demo`")(doctor)
+app.command(epilog="Example: `xcalib inspect Qwen/Qwen3-0.6B`")(inspect)
 app.command(epilog="Example: `xcalib plan config.json --gpus 8 --samples 128 --max-length 131072 --price 4`")(plan)
 app.command(
     cls=RecipeCommand, epilog="Example: `xcalib search demo --data builtin --target density=0.25 --out demo.yaml`"

@@ -10,6 +10,7 @@ from xcalib._files import replace_file
 from xcalib.choices import TABLE_BLOCK_SIZE
 from xcalib.cli import options as opt
 from xcalib.cli.by_length import bin_name
+from xcalib.cli.completion import complete_point
 from xcalib.cli.output import console, print_json, quiet_libraries, status
 from xcalib.errors import DataError
 
@@ -54,7 +55,8 @@ def convert(
         int | None, typer.Option(min=0, help="To a profile: keys below which attention stays dense; default 0.")
     ] = None,
     point: Annotated[
-        str | None, typer.Option(help="Operating point to read (default the profile's) or to name.")
+        str | None,
+        typer.Option(help="Operating point to read (default the profile's) or to name.", autocompletion=complete_point),
     ] = None,
     length: Annotated[int | None, typer.Option(min=0, help="To a table: a key length in the bin to write.")] = None,
     config: Annotated[Path | None, typer.Option(help="To a config: the model's config.json, which is copied.")] = None,

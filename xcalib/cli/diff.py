@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xcalib.cli import options as opt
+from xcalib.cli.completion import complete_point, complete_profile
 from xcalib.cli.output import console, print_json
 
 if TYPE_CHECKING:
@@ -22,12 +23,16 @@ _IN_JSON = ("calibration.tokens_sha256", "calibration.documents", "calibration.g
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A profile, before.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another of the same model, after.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="A profile, before.", autocompletion=complete_profile)],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", help="Another of the same model, after.", autocompletion=complete_profile)
+    ],
     point: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME[:NAME]", help="One operating point, or that of A and that of B; default all in both."
+            metavar="NAME[:NAME]",
+            help="One operating point, or that of A and that of B; default all in both.",
+            autocompletion=complete_point,
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=0, help="Heads to list, those that moved most; --json has all.")] = 20,

@@ -8,6 +8,7 @@ import typer
 from xcalib.cli import options as opt
 from xcalib.cli.by_length import evaluation_by_length
 from xcalib.cli.by_task import task_table
+from xcalib.cli.completion import complete_point, complete_profile
 from xcalib.cli.output import by_layer_table, console, evaluation_table, print_json, progress, resumable
 
 __all__ = ["evaluate"]
@@ -15,8 +16,12 @@ __all__ = ["evaluate"]
 
 def evaluate(
     model: opt.Model,
-    profile: Annotated[Path | None, typer.Option("--profile", "-p", help="Profile to measure.")] = None,
-    point: Annotated[str | None, typer.Option(help="One operating point; default all.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", "-p", help="Profile to measure.", autocompletion=complete_profile)
+    ] = None,
+    point: Annotated[
+        str | None, typer.Option(help="One operating point; default all.", autocompletion=complete_point)
+    ] = None,
     uniform: Annotated[
         list[float] | None, typer.Option(min=0, max=1, help="Measure a single tau the same way; may be repeated.")
     ] = None,

@@ -1,5 +1,6 @@
 """Options that several commands share, and what they are turned into."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 from xcalib import choices
 from xcalib._files import remove_left_overs
 from xcalib._lock import Lock, lock_file
+from xcalib.cli.completion import COMPLETING, complete_data, complete_model, offering
 from xcalib.cli.output import console, quiet_libraries, status
 from xcalib.errors import CurvesError, DataError
 
@@ -30,7 +32,7 @@ def checked(read: Callable[[Any], object]) -> Callable[[Any], Any]:
     """A callback that looks at an option's value before anything is done, and leaves it as it is."""
 
     def check(value: Any) -> Any:
-        if value not in (None, [], ()):
+        if value not in (None, [], ()) and COMPLETING not in os.environ:  # a check may import what takes a second
             read(value)
         return value
 
@@ -61,9 +63,12 @@ def _check_lengths(text: str) -> None:
     parse_lengths(text)
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)]
 Data = Annotated[
-    list[str] | None, typer.Option("--data", "-d", metavar="SPEC", callback=checked(check_specs), help=DATA_HELP)
+    list[str] | None,
+    typer.Option(
+        "--data", "-d", metavar="SPEC", callback=checked(check_specs), autocompletion=complete_data, help=DATA_HELP
+    ),
 ]
 NumSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 MaxLength = Annotated[int | None, typer.Option(min=64, help="Tokens of the longest sample; default 2048.")]
@@ -91,9 +96,20 @@ MinLength = Annotated[
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of windows, needles and everything random.")]
 Stride = Annotated[
     int,
-    typer.Option(callback=one_of(*choices.STRIDES), help="Tokens per group of the scoring (S): 4, 8, 16, 32 or 64."),
+    typer.Option(
+        callback=one_of(*choices.STRIDES),
+        autocompletion=offering(*choices.STRIDES),
+        help="Tokens per group of the scoring (S): 4, 8, 16, 32 or 64.",
+    ),
 ]
-BlockSize = Annotated[int, typer.Option(callback=one_of(*choices.BLOCK_SIZES), help="Tokens per block (B): 64 or 128.")]
+BlockSize = Annotated[
+    int,
+    typer.Option(
+        callback=one_of(*choices.BLOCK_SIZES),
+        autocompletion=offering(*choices.BLOCK_SIZES),
+        help="Tokens per block (B): 64 or 128.",
+    ),
+]
 Pattern = Annotated[
     choices.Pattern,
     typer.Option(
@@ -112,6 +128,7 @@ Measures = Annotated[
         "--measure",
         metavar="fisher|mass",
         callback=one_of(*get_args(choices.Measure)),
+        autocompletion=offering(*get_args(choices.Measure)),
         help="Measure also what --objective fisher or mass needs; may be given several times.",
     ),
 ]
@@ -124,11 +141,15 @@ Rounds = Annotated[
         "long as ten dense passes over the samples, for every target; 0 leaves them out.",
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there is one, else cpu.")]
+Device = Annotated[
+    str | None,
+    typer.Option(autocompletion=offering("cuda", "cpu"), help="Torch device; default cuda if there is one, else cpu."),
+]
 DeviceMap = Annotated[
     str | None,
     typer.Option(
         metavar="auto|balanced|...",
+        autocompletion=offering("auto", "balanced", "balanced_low_0", "sequential"),
         help="Spread MODEL over all GPUs, and over host memory where they do not hold it, instead of --device: auto, balanced, "
         "balanced_low_0, sequential or a JSON object, as transformers' device_map (docs/large-models.md).",
     ),
@@ -141,7 +162,12 @@ Offload = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str, typer.Option(callback=one_of("auto", *choices.DTYPE_NAMES), help="auto, float32, float16 or bfloat16.")
+    str,
+    typer.Option(
+        callback=one_of("auto", *choices.DTYPE_NAMES),
+        autocompletion=offering("auto", *choices.DTYPE_NAMES),
+        help="auto, float32, float16 or bfloat16.",
+    ),
 ]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")]
 FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]

@@ -13,6 +13,7 @@ from rich.table import Table
 from xcalib import choices
 from xcalib._files import replace_file
 from xcalib.cli import options as opt
+from xcalib.cli.completion import complete_model
 from xcalib.cli.output import console, print_json, progress, quiet_libraries, status
 from xcalib.errors import PlanError
 
@@ -25,7 +26,11 @@ __all__ = ["plan"]
 def plan(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help=opt.MODEL_HELP + " Or a config.json alone; no weights are loaded."),
+        typer.Argument(
+            metavar="[MODEL]",
+            help=opt.MODEL_HELP + " Or a config.json alone; no weights are loaded.",
+            autocompletion=complete_model,
+        ),
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Devices; on a CPU processes of one thread.")] = 1,
     num_samples: Annotated[int, typer.Option("--samples", "--num-samples", min=1, help="Calibration samples.")] = 8,

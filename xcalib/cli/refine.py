@@ -11,6 +11,7 @@ from rich.table import Table
 from xcalib import choices
 from xcalib.cli import options as opt
 from xcalib.cli.by_length import bin_name
+from xcalib.cli.completion import complete_model, complete_point, complete_profile
 from xcalib.cli.found import reporting_misses
 from xcalib.cli.output import console, print_json, progress, resumable
 from xcalib.cli.recipes import RecipeIn, RecipeOut, write_recipe
@@ -33,13 +34,22 @@ VALIDATION_SAMPLES = 8
 
 def refine(
     context: typer.Context,
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile that `xcalib search` made.")],
+    profile: Annotated[
+        Path,
+        typer.Argument(metavar="PROFILE", help="A profile that `xcalib search` made.", autocompletion=complete_profile),
+    ],
     curves: Annotated[
         Path | None, typer.Option(help="The curves that it was searched on; default those in the --work folder.")
     ] = None,
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help=opt.MODEL_HELP + " Default the profile's.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help=opt.MODEL_HELP + " Default the profile's.", autocompletion=complete_model),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")] = Path("refined.yaml"),
-    point: Annotated[str | None, typer.Option(help="Operating point to refine; default the profile's.")] = None,
+    point: Annotated[
+        str | None,
+        typer.Option(help="Operating point to refine; default the profile's.", autocompletion=complete_point),
+    ] = None,
     trials: Annotated[
         int, typer.Option("--trials", "-n", min=1, help="Finished trials in all, over all workers and earlier runs.")
     ] = choices.DEFAULT_TRIALS,

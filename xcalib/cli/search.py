@@ -9,6 +9,7 @@ import typer
 
 from xcalib import choices
 from xcalib.cli import options as opt
+from xcalib.cli.completion import complete_data, complete_model, complete_target
 from xcalib.cli.found import report_profile, reporting_misses
 from xcalib.cli.output import console, progress, resumable
 from xcalib.cli.recipes import RecipeIn, RecipeOut, values_of, with_recipe, write_recipe
@@ -34,7 +35,10 @@ def _check_targets(texts: list[str]) -> None:
 def search(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help=opt.MODEL_HELP + " May be left out with --curves.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help=opt.MODEL_HELP + " May be left out with --curves.", autocompletion=complete_model
+        ),
     ] = None,
     out: opt.FileOut = Path("profile.yaml"),
     target: Annotated[
@@ -44,6 +48,7 @@ def search(
             "-t",
             metavar="[NAME:]KIND=VALUE",
             callback=opt.checked(_check_targets),
+            autocompletion=complete_target,
             help="density=0.25, kl=0.01, drop=1% (task accuracy) or speedup=4. One unnamed target is the point 'balanced', with "
             "'fidelity' and 'fast' around it; several get the names given.",
         ),
@@ -54,6 +59,7 @@ def search(
         typer.Option(
             metavar="SPEC",
             callback=opt.checked(opt.check_specs),
+            autocompletion=complete_data,
             help="Held-out data; default: other documents of --data.",
         ),
     ] = None,

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from xcalib.cli import options as opt
 from xcalib.cli.by_length import bin_name, point_by_length
+from xcalib.cli.completion import complete_point, complete_profile
 from xcalib.cli.output import interval_labels, print_json
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ Rows = Sequence[Sequence[float]]
 
 
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile.")],
-    point: Annotated[str | None, typer.Option(help="Operating point of the heatmap; default the profile's.")] = None,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile.", autocompletion=complete_profile)],
+    point: Annotated[
+        str | None,
+        typer.Option(help="Operating point of the heatmap; default the profile's.", autocompletion=complete_point),
+    ] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Summary of a profile and a heatmap of its thresholds, layers x heads."""

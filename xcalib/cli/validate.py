@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from xcalib.cli import options as opt
+from xcalib.cli.completion import complete_profile
 from xcalib.cli.output import console, print_json
 from xcalib.cli.show import unverified_points
 from xcalib.errors import XcalibError
@@ -14,7 +15,7 @@ __all__ = ["validate"]
 
 
 def validate(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Profiles.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Profiles.", autocompletion=complete_profile)],
     as_json: opt.Json = False,
 ) -> None:
     """Check profiles: exit code 0 when all are valid, 2 with one line for each that is not; names unverified points."""
