@@ -91,8 +91,7 @@ def complete_point(incomplete: str) -> Offers:
     # Not from the parsed parameters: a line that ends in an option without its value has lost its arguments.
     line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     shipped = {name for name, _ in _shipped("")}
-    for word in line.split():
-        word = word.rpartition("=")[2].strip("'\"")
+    for word in (typed.rpartition("=")[2].strip("'\"") for typed in line.split()):
         if word not in shipped and not (word.endswith(PROFILE_SUFFIXES) and Path(word).is_file()):
             continue
         try:

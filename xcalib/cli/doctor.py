@@ -7,14 +7,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from xcalib.cli import options as opt
 from xcalib.cli.completion import complete_model, installed
 from xcalib.cli.inspect import inspected, print_layers, record
-from xcalib.cli.output import print_json, status
+from xcalib.cli.output import print_json, report_console, status
 
 if TYPE_CHECKING:
     from xcalib.doctor import Check
@@ -51,7 +50,7 @@ def doctor(
     Exit code 0 when all is well (warnings are), 1 when a check failed.
     """
     found = inspected(model) if model is not None else None  # a MODEL that is none ends it here
-    console = Console(highlight=False)
+    console = report_console()
     findings, kernels = [*_machine(), *_packages(), *_shell()], []
     for finding, tested in _kernels():
         findings.append(finding)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from xcalib.cli import options as opt
 from xcalib.cli.completion import complete_model
-from xcalib.cli.output import print_json, quiet_libraries, status
+from xcalib.cli.output import print_json, quiet_libraries, report_console, status
 
 if TYPE_CHECKING:
     from xcalib.models.inspection import Inspection, LayerFacts
@@ -39,7 +39,7 @@ def inspect(
     if as_json:
         print_json(record(found))
         return
-    console = Console(highlight=False)
+    console = report_console()
     print_layers(console, found)
     for line in _plans(found):
         console.print(line, markup=False, soft_wrap=True)

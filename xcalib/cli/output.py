@@ -27,11 +27,23 @@ __all__ = [
     "print_json",
     "progress",
     "quiet_libraries",
+    "report_console",
     "resumable",
     "status",
 ]
 
-console = Console(stderr=True, highlight=False)
+
+def _plain() -> dict[str, Any]:
+    """NO_COLOR: no escapes at all, neither colours nor bold type; Rich takes the colours alone."""
+    return {"color_system": None} if os.environ.get("NO_COLOR") else {}
+
+
+console = Console(stderr=True, highlight=False, **_plain())
+
+
+def report_console() -> Console:
+    """Stdout, for what a command is asked to print; escapes only on a terminal, and where FORCE_COLOR is set."""
+    return Console(highlight=False, **_plain())
 
 
 def print_json(value: Any) -> None:

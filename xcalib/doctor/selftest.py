@@ -23,6 +23,7 @@ GRID = (0.0, 0.5, 0.8, 0.95, 1.0)
 SMALL = (Case(333, 333, 4, 2, 64, 64, 8), Case(150, 407, 6, 2, 80, 64, 16))
 # As models have them, so that the kernels of Hopper GPUs take their part.
 LARGE = (Case(1000, 1111, 8, 2, 128, 128, 16),)
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query, key, value
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -88,13 +89,19 @@ def check_kernels(target: Target) -> Iterator[Check]:
         yield Check(name, worst, bound, time.monotonic() - began, problem)
 
 
-def _inputs(target: Target, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _inputs(target: Target, case: Case) -> Tensors:
     """Query, key and value on the CPU, rounded to the target's dtype; the same every time."""
     generator = torch.Generator().manual_seed(case.k_len)
     shapes = ((case.q_heads, case.q_len), (case.k_heads, case.k_len), (case.k_heads, case.k_len))
     drawn = [torch.randn(1, *shape, case.head_dim, generator=generator) for shape in shapes]
     drawn[0] *= 2  # attention far from uniform
-    return tuple(tensor.to(target.dtype) for tensor in drawn)  # type: ignore[return-value]
+    query, key, value = (tensor.to(target.dtype) for tensor in drawn)
+    return query, key, value
+
+
+def _there(target: Target, tensors: Tensors) -> Tensors:
+    query, key, value = (tensor.to(target.device) for tensor in tensors)
+    return query, key, value
 
 
 def _largest(tensor: torch.Tensor) -> float:
@@ -131,20 +138,22 @@ def _check_selection(target: Target, case: Case) -> tuple[float, float]:
     return float(wrong), 0.5
 
 
-def _attention_bound(case: Case, tensors: tuple[torch.Tensor, ...], mask: torch.Tensor, truth: torch.Tensor) -> float:
+def _attention_bound(case: Case, tensors: Tensors, mask: torch.Tensor, truth: torch.Tensor) -> float:
     """Twice the error of torch's own attention in the same dtype, and some last digits of the largest value."""
     tokens = mask.repeat_interleave(case.block_size, -2).repeat_interleave(case.block_size, -1)
     seen = tokens[..., : case.q_len, : case.k_len] & case.causal
-    plain = functional.scaled_dot_product_attention(*tensors, attn_mask=seen, enable_gqa=True)
-    digits = 2 * torch.finfo(tensors[0].dtype).eps + 32 * EPS
-    return 2 * _largest(plain.double() - truth) + digits * _largest(tensors[2].float())
+    query, key, value = tensors
+    plain = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+    digits = 2 * torch.finfo(value.dtype).eps + 32 * EPS
+    return 2 * _largest(plain.double() - truth) + digits * _largest(value.float())
 
 
 def _check_attention(target: Target, case: Case) -> tuple[float, float]:
     query, key, value = tensors = _inputs(target, case)
     mask = selection_truth(case, scores_truth(case, "rows", query, key).float(), TAU, "score")
-    there = [tensor.to(target.device) for tensor in (*tensors, mask)]
-    found = block_sparse_attention(*there, block_size=case.block_size, backend=target.backend)
+    found = block_sparse_attention(
+        *_there(target, tensors), mask.to(target.device), block_size=case.block_size, backend=target.backend
+    )
     truth = attention_truth(case, query, key, value, mask)
     return _largest(found.cpu().double() - truth), _attention_bound(case, tensors, mask, truth)
 
@@ -153,7 +162,7 @@ def _check_together(pattern: Pattern, tau: float) -> Callable[[Target, Case], tu
     def check(target: Target, case: Case) -> tuple[float, float]:
         query, key, value = tensors = _inputs(target, case)
         found = xattention(
-            *(tensor.to(target.device) for tensor in tensors), tau, stride=case.stride, block_size=case.block_size,
+            *_there(target, tensors), tau, stride=case.stride, block_size=case.block_size,
             pattern=pattern, order="recent", backend=target.backend,
         )  # fmt: skip
         mask = selection_truth(case, scores_truth(case, pattern, query, key), tau, "recent")
@@ -168,7 +177,7 @@ def _check_sweep(target: Target, case: Case) -> tuple[float, float]:
     query, key, _ = tensors = _inputs(target, case)
     projection = torch.randn(case.q_heads, case.head_dim, 16, generator=torch.Generator().manual_seed(1))
     found = sweep_thresholds(
-        *(tensor.to(target.device) for tensor in tensors), torch.tensor(GRID), projection.to(target.device),
+        *_there(target, tensors), torch.tensor(GRID), projection.to(target.device),
         stride=case.stride, block_size=case.block_size, pattern="rows", order="recent", backend=target.backend,
     )  # fmt: skip
     scores = scores_truth(case, "rows", query, key)

@@ -212,7 +212,7 @@ def _calls(model: Any, attention: Sequence[AttentionLayer], tokens: int) -> dict
         raise _Seen
 
     try:
-        blocks = decoder_blocks(model)[1]
+        blocks = list(decoder_blocks(model)[1])
         with patch_attention(model, compute), torch.no_grad(), _passing_on(blocks, {one.block for one in attention}):
             # With a cache, for without one the values of position_ids are looked at, in search of packed sequences.
             decoder_of(model)(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True)
