@@ -39,7 +39,8 @@ def main() -> None:
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}")
     except usage_error as error:
-        _fail(f"{error.format_message()} (see --help)")
+        context = getattr(error, "ctx", None)
+        _fail(f"{error.format_message()} (see {context.command_path if context else 'xcalib'} --help)")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -51,10 +51,16 @@ def one_of(*allowed: Any) -> Callable[[Any], Any]:
 
 
 def check_specs(specs: list[str]) -> None:
-    """Raise DataError unless all data specs are well formed."""
+    """Raise DataError unless all data specs are well formed, and categories and tasks exist; files are looked at later."""
     from xcalib.data import parse_specs
+    from xcalib.data._ruler import check_tasks
+    from xcalib.data._sources import builtin_documents
 
-    parse_specs(specs)
+    for spec in parse_specs(specs):
+        if spec.kind == "ruler":
+            check_tasks(spec)
+        elif spec.kind == "builtin":
+            builtin_documents(spec.argument)
 
 
 def _check_lengths(text: str) -> None:

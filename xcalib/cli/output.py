@@ -1,6 +1,7 @@
 """Progress and tables on stderr; JSON for scripts on stdout."""
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -99,6 +100,7 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its retries is a warning
     transformers_logging.disable_progress_bar()
     previous = warnings.showwarning
 

@@ -82,7 +82,8 @@ def parse_target(text: str, name: str = "balanced") -> Target:
     upper = 1.0 if kind in ("density", "drop") else math.inf
     lower_ok = value >= (1 if kind == "speedup" else 0) and (kind in ("drop", "speedup") or value > 0)
     if not (math.isfinite(value) and lower_ok and value <= upper):
-        raise TargetError(f"target {text!r}: expected {_ALLOWED[kind]}")
+        share = f"; {value:g} % is {kind}={value / 100:g}" if upper == 1 and 1 < value <= 100 else ""
+        raise TargetError(f"target {text!r}: expected {_ALLOWED[kind]}{share}")
     return Target(name, kind, value)  # type: ignore[arg-type]
 
 
