@@ -38,10 +38,7 @@ def test_plain_decoders(family: str) -> None:
     found = inspected(family, **SMALL, pad_token_id=0, **({"sliding_window": None} if family == "mistral" else {}))
     assert rows(found) == [("full", None, None)] * 4
     assert found.problem is None and found.seen == 4 and found.sparse_layers == (0, 1, 2, 3)
-    layer = found.layers[0]
-    head_dim = 16 if family in ("qwen2", "phi3", "olmo2", "smollm3") else 32
-    assert (layer.query_heads, layer.kv_heads) == (4, 2)
-    assert layer.head_dim in (head_dim, 32)
+    assert {(layer.query_heads, layer.kv_heads) for layer in found.layers} == {(4, 2)}
     assert found.max_positions == 4096
 
 
@@ -67,10 +64,8 @@ def test_sliding_windows() -> None:
 
 
 def test_a_window_as_long_as_the_model_hides_nothing() -> None:
-    assert (
-        rows(inspected("mistral", **SMALL, sliding_window=4096)) == [("sliding", 4096, None)] * 4
-        or rows(inspected("mistral", **SMALL, sliding_window=4096)) == [("full", None, None)] * 4
-    )
+    found = inspected("mistral", **SMALL, sliding_window=4096)
+    assert found.problem is None and {reason for _, _, reason in rows(found)} == {None}
 
 
 def test_softcaps_and_sinks() -> None:
@@ -137,11 +132,13 @@ def test_what_cannot_be_served_says_why(family: str, settings: dict[str, Any], s
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
 def test_the_text_decoder_of_a_multi_modal_model(family: str) -> None:
-    text = {**SMALL, "pad_token_id": 0, "sliding_window": 64}
+    text = {**SMALL, "hidden_size": 128, "num_hidden_layers": 6, "pad_token_id": 0, "sliding_window": 64}
+    if family == "qwen2_vl":
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
     vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2} if family == "qwen2_vl" else VISION
     config = transformers.AutoConfig.for_model(family, text_config=text, vision_config=vision)
     found = inspect_config(config, family)
-    assert found.problem is None and found.sparse_layers and found.seen == 4
+    assert found.problem is None and found.sparse_layers and found.seen == 6
     assert ("load this one in Python" in found.note) == (family != "gemma3")
 
 
@@ -226,7 +223,7 @@ def test_a_folder(run: Run, tiny_folder: Path) -> None:
 @pytest.mark.model
 def test_the_demo_is_read_from_its_gguf_header(run: Run) -> None:
     code, out, _ = run("inspect", "demo")
-    assert code == 0 and "0-29     full            9    3       3         64   sparse" in out
+    assert code == 0 and "0-29 full 9 3 3 64 sparse" in " ".join(out.split())
 
 
 def test_no_model_raises() -> None:

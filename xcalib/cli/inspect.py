@@ -68,7 +68,7 @@ def record(found: "Inspection") -> dict[str, Any]:
 def print_layers(console: Console, found: "Inspection") -> None:
     """Print what the model is, its layers (equal ones in one row) and the verdict on it."""
     console.print(_heading(found), markup=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     table.add_column("layers", overflow="fold", max_width=26)
     table.add_column("attention")
     for name in ("heads", "KV", "group", "head_dim"):
