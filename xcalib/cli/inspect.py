@@ -69,9 +69,9 @@ def print_layers(console: Console, found: "Inspection") -> None:
     """Print what the model is, its layers (equal ones in one row) and the verdict on it."""
     console.print(_heading(found), markup=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
-    table.add_column("layers", overflow="fold", max_width=26)
+    table.add_column("layers", overflow="fold", max_width=17)
     table.add_column("attention")
-    for name in ("heads", "KV", "group", "head_dim"):
+    for name in ("heads", "KV", "group", "dim"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("prefill", overflow="fold")
     for facts, indices in _folded(found.layers):
@@ -99,7 +99,7 @@ def _heading(found: "Inspection") -> str:
 
 def _count(number: int) -> str:
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if number >= size:
+        if number >= 0.9995 * size:  # 999.9M is 1B
             return f"{number / size:.3g}{unit}"
     return f"{number:,}"
 

@@ -57,7 +57,7 @@ def print_json(value: Any) -> None:
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A Rich bar with what is being done and the time left; plain lines when stderr is not a terminal."""
     if not console.is_terminal:
-        console.print(f"{description} ...")
+        console.print(f"{description} ...", markup=False, soft_wrap=True)
         yield lambda _steps: None
         return
     columns = (
@@ -80,7 +80,7 @@ def status(description: str) -> Iterator[None]:
         with console.status(description):
             yield
     else:
-        console.print(f"{description} ...")
+        console.print(f"{description} ...", markup=False, soft_wrap=True)
         yield
 
 

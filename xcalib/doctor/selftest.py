@@ -21,6 +21,7 @@ TAU = 0.8
 GRID = (0.0, 0.5, 0.8, 0.95, 1.0)
 # Odd lengths, several query heads to a key head, and more keys than queries.
 SMALL = (Case(333, 333, 4, 2, 64, 64, 8), Case(150, 407, 6, 2, 80, 64, 16))
+TINY = (Case(70, 333, 4, 2, 32, 64, 16),)  # for Triton's interpreter, which takes its time
 # As models have them, so that the kernels of Hopper GPUs take their part.
 LARGE = (Case(1000, 1111, 8, 2, 128, 128, 16),)
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query, key, value
@@ -70,7 +71,7 @@ def targets() -> list[Target]:
 
 def check_kernels(target: Target) -> Iterator[Check]:
     """Run all checks of one target; a kernel that raises fails its check, and the others go on."""
-    cases = SMALL + LARGE if target.device == "cuda" else SMALL
+    cases = SMALL + LARGE if target.device == "cuda" else TINY if target.backend == "triton" else SMALL
     for name, check in CHECKS.items():
         began, worst, bound, problem = time.monotonic(), 0.0, 0.0, None
         for case in cases:
@@ -139,13 +140,13 @@ def _check_selection(target: Target, case: Case) -> tuple[float, float]:
 
 
 def _attention_bound(case: Case, tensors: Tensors, mask: torch.Tensor, truth: torch.Tensor) -> float:
-    """Twice the error of torch's own attention in the same dtype, and some last digits of the largest value."""
+    """Three times the error of torch's own attention in the same dtype, and some last digits of the largest value."""
     tokens = mask.repeat_interleave(case.block_size, -2).repeat_interleave(case.block_size, -1)
     seen = tokens[..., : case.q_len, : case.k_len] & case.causal
     query, key, value = tensors
     plain = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
     digits = 2 * torch.finfo(value.dtype).eps + 32 * EPS
-    return 2 * _largest(plain.double() - truth) + digits * _largest(value.float())
+    return 3 * _largest(plain.double() - truth) + digits * _largest(value.float())
 
 
 def _check_attention(target: Target, case: Case) -> tuple[float, float]:
@@ -180,12 +181,13 @@ def _check_sweep(target: Target, case: Case) -> tuple[float, float]:
         *_there(target, tensors), torch.tensor(GRID), projection.to(target.device),
         stride=case.stride, block_size=case.block_size, pattern="rows", order="recent", backend=target.backend,
     )  # fmt: skip
+    allowed = max(1e-4, 4 * torch.finfo(target.dtype).eps)  # projected values are rounded to the dtype
     scores = scores_truth(case, "rows", query, key)
     masks = [selection_truth(case, scores, tau, "recent") for tau in GRID]
     if not torch.equal(found.kept.cpu(), torch.stack([mask.sum((0, 2, 3)) for mask in masks], -1)):
-        return float("inf"), 1e-3
+        return float("inf"), allowed
     truth = sweep_truth(case, tensors, projection, masks)
-    return _largest((found.error.cpu() - truth) / truth[:, :1]), 1e-3
+    return _largest((found.error.cpu() - truth) / truth[:, :1]), allowed
 
 
 CHECKS: dict[str, Callable[[Target, Case], tuple[float, float]]] = {
