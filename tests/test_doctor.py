@@ -100,6 +100,7 @@ def test_a_kernel_that_raises_fails_its_check_alone(monkeypatch: pytest.MonkeyPa
     assert set(found.values()) == {None}
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
 def test_triton_in_its_interpreter() -> None:
     pytest.importorskip("triton")
     if torch.cuda.is_available():
@@ -164,6 +165,7 @@ def test_all_is_well(run: Run, tiny_folder: Path, monkeypatch: pytest.MonkeyPatc
     assert f"torch {torch.__version__}" in words(out) and f"transformers {transformers.__version__}" in words(out)
     assert f"reference on cpu, float32: {len(NAMES)} checks" in words(out)
     assert "supported: 3 of 3 layers can attend sparsely" in out
+    assert "its attention goes through transformers' interface (sdpa, 3 calls seen)" in words(out)
     assert out.rstrip().endswith("all is well")
     assert "\x1b" not in out
     assert max(len(line) for line in out.splitlines() if str(tiny_folder) not in line) <= 80

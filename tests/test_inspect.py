@@ -226,6 +226,17 @@ def test_the_demo_is_read_from_its_gguf_header(run: Run) -> None:
     assert code == 0 and "0-29 full 9 3 3 64 sparse" in " ".join(out.split())
 
 
+def test_layers_that_a_pass_does_not_reach_are_judged_by_attributes(
+    run: Run, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, seen, _ = run("inspect", config)
+    monkeypatch.setattr("xcalib.models.inspection.decoder_of", lambda _model: None)
+    code, out, _ = run("inspect", config)
+    note = "note: 12 layers are judged by their attributes: the pass without weights did not come to their attention\n"
+    assert code == 0 and note in out and note not in seen
+    assert out.replace(note, "") == seen
+
+
 def test_no_model_raises() -> None:
     with pytest.raises(ModelError, match="is no causal language model"):
         inspected("dbrx")

@@ -17,6 +17,7 @@ from xcalib.cli.output import print_json, report_console, status
 
 if TYPE_CHECKING:
     from xcalib.doctor import Check
+    from xcalib.models.inspection import Inspection
 
 __all__ = ["doctor"]
 
@@ -56,7 +57,7 @@ def doctor(
         findings.append(finding)
         kernels.append(tested)
     if found is not None:
-        findings.append(_model(found.name, found.problem, len(found.sparse_layers), len(found.layers)))
+        findings.append(_model(found))
     failed = [finding for finding in findings if finding.state == "FAILED"]
     if as_json:
         print_json(_json(findings, kernels, None if found is None else record(found)))
@@ -163,11 +164,13 @@ def _check(check: "Check") -> dict[str, Any]:
     return {**numbers, "error": error, "passed": check.problem is None}
 
 
-def _model(name: str, problem: str | None, sparse: int, layers: int) -> Finding:
-    if problem is not None:
-        return Finding("FAILED", "model", f"{name}: {problem}")
+def _model(found: "Inspection") -> Finding:
+    if found.problem is not None:
+        return Finding("FAILED", "model", f"{found.name}: {found.problem}")
+    sparse, layers = len(found.sparse_layers), len(found.layers)
     rest = f"; {layers - sparse} stay dense, for the reasons below" if sparse < layers else ""
-    return Finding("ok", "model", f"{name}: {sparse} of {layers} layers can attend sparsely{rest}")
+    interface = f"its attention goes through transformers' interface ({found.implementation}, {found.seen} calls seen)"
+    return Finding("ok", "model", f"{found.name}: {interface}; {sparse} of {layers} layers can attend sparsely{rest}")
 
 
 def _json(findings: list[Finding], kernels: list[dict[str, Any]], model: dict[str, Any] | None) -> dict[str, Any]:

@@ -84,6 +84,13 @@ def print_layers(console: Console, found: "Inspection") -> None:
         console.print(f"not supported: {found.problem}", markup=False, soft_wrap=True)
     else:
         console.print(f"supported: {sparse} of {len(found.layers)} layers can attend sparsely", markup=False)
+    unseen = sum(layer.query_heads > 0 for layer in found.layers) - found.seen
+    if found.problem is None and unseen > 0:
+        console.print(
+            f"note: {unseen} layers are judged by their attributes: the pass without weights did not come to their attention",
+            markup=False,
+            soft_wrap=True,
+        )
     if found.note:
         console.print(f"note: {found.note}", markup=False, soft_wrap=True)
 
