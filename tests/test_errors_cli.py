@@ -42,6 +42,10 @@ def case(arguments: tuple[str, ...], *said: str, name: str) -> object:
         case(("search", "notes.txt", *OUT), "it is a file, and no .gguf", "'demo'", name="text for MODEL"),
         case(("search", "profile.yaml", *OUT), "a profile goes with --profile", name="profile for MODEL"),
         case(("search", "config.json", *OUT), "give its folder", name="config.json has no weights"),
+        case(("search", "tiny/model.safetensors", *OUT), "give its folder, 'tiny'", name="weights for MODEL"),
+        case(
+            ("plan", "tiny/tokenizer.json"), "is not a model's configuration", "it has no model_type", name="other json"
+        ),
         case(("search", "./gone", *OUT), "folder or file './gone' does not exist", name="missing path"),
         case(("search", *OUT), "give MODEL, or --curves FOLDER", "xcalib search --help", name="no MODEL"),
         # commands and options

@@ -54,6 +54,8 @@ def _read_json(path: Path) -> Any:
         raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB, so it is no model's configuration")
     try:
         values = dict(json.loads(path.read_bytes()))
+        if "model_type" not in values:
+            raise LookupError("it has no model_type")
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         said = one_line(f"{type(error).__name__}: {error}")

@@ -142,8 +142,8 @@ def _source(name: str) -> dict[str, str]:
 
 
 def _instead(path: Path) -> str:
-    if path.name == "config.json":
-        return f": give its folder, {str(path.parent)!r}, where the weights are"
+    if path.name == "config.json" or path.suffix == ".safetensors":
+        return f": give its folder, {str(path.parent)!r}, with configuration and weights"
     if path.suffix in (".yaml", ".yml", ".json"):
         return ": MODEL comes first, and a profile goes with --profile, or to xcalib show"
     return ": MODEL is a Hugging Face id, a folder, a .gguf file, or 'demo'"
