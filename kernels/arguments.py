@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 import torch
 
+from xcalib.choices import BLOCK_SIZES, STRIDES, Order, Pattern
 from xcalib.kernels.geometry import Geometry
 
 __all__ = [
@@ -36,13 +37,9 @@ __all__ = [
 ]
 
 Backend = Literal["reference", "triton"]
-Order = Literal["score", "recent"]
-Pattern = Literal["antidiagonal", "diagonal", "random", "rows"]
 Policy = Literal["threshold", "top-k", "ratio"]
 Precision = Literal["native", "fp8"]
 
-STRIDES = (4, 8, 16, 32, 64)
-BLOCK_SIZES = (64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 256)
 

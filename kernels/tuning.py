@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Config", "choose", "crossover", "family", "interpreted", "milliseconds", "multiprocessors"]
+__all__ = ["Config", "choose", "crossover", "family", "interpreted", "is_tuned", "milliseconds", "multiprocessors"]
 
 UNKNOWN_CROSSOVER = 4096  # of a GPU that nobody has measured
 
@@ -50,6 +50,11 @@ def family(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     return _gpu_family(device)
+
+
+def is_tuned(device: torch.device) -> bool:
+    """Whether the table has configurations for this kind of GPU; for others they are measured on first use."""
+    return family(device) in _table()
 
 
 @functools.cache

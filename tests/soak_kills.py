@@ -275,10 +275,11 @@ def warm_up(model: str) -> None:
     import sqlalchemy
 
     import xcalib.cli.app
+    import xcalib.evaluation
     from xcalib.models.loading import load_model
     from xcalib.search import _objective, _storage, _validation
 
-    used = (scipy.stats, sqlalchemy, xcalib.cli.app, _objective, _storage, _validation)
+    used = (scipy.stats, sqlalchemy, xcalib.cli.app, xcalib.evaluation, _objective, _storage, _validation)
     assert all(used)
     load_model(model)
 

@@ -147,7 +147,7 @@ def test_a_spec_of_weight_zero_is_not_read(folder: Path, tokenizer: FakeTokenize
 @pytest.mark.parametrize(
     ("specs", "message"),
     [
-        (["bultin"], r"unknown data spec 'bultin'; allowed: builtin.*ruler.*text:PATH"),
+        (["bultin"], r"unknown data spec 'bultin'; did you mean 'builtin'\? allowed: builtin.*ruler.*text:PATH"),
         (["text:"], "unknown data spec 'text:'"),
         (["rulr:single"], "cannot import 'single' from 'rulr'"),
         (["ruler:niah"], "unknown task 'niah'; allowed: single, multikey, multivalue, multiquery, vt, cwe, fwe"),

@@ -514,7 +514,7 @@ def test_memory_that_runs_out_anywhere_is_one_line(
     def out(*_arguments: Any, **_options: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("xcalib.cli.app.collect_lengths", out)
+    monkeypatch.setattr("xcalib.collect.collect_lengths", out)
     code, _, said = run(
         "collect", tiny_folder, "--data", "builtin", "--max-length", "256", "--out", tmp_path / "curves"
     )

@@ -209,7 +209,7 @@ def test_a_million_tokens_on_the_command_line(
         lengths.extend(len(sample.tokens) for one in sets for sample in one.samples)
         raise DataError("enough")
 
-    monkeypatch.setattr("xcalib.cli.app.collect_lengths", stop)
+    monkeypatch.setattr("xcalib.collect.collect_lengths", stop)
     code, _, said = run(*how)
     assert (code, lengths) == (2, [2048])
     assert said.endswith("error: enough\n")

@@ -527,7 +527,7 @@ def test_what_ranks_cannot_share(
 
 
 def test_ranks_of_a_collection_skip_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("xcalib.cli.app.joined", two)
+    monkeypatch.setattr("xcalib.cli.collect.joined", two)
     code, out, err = run("collect", "m", "--skip-bad", "--out", tmp_path / "c")
     assert (code, out) == (2, "")
     assert err == (

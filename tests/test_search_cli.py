@@ -142,7 +142,7 @@ def test_refine_one_of_several_bins(everything: Path, run: Run) -> None:
     code, _, err = run(*command, "--bin", 2, "--out", "r2.yaml")
     assert (code, err) == (
         2,
-        "error: Invalid value for --bin: is 2, the profile has 2 length bins, from 0 (see --help)\n",
+        "error: Invalid value for --bin: is 2, the profile has 2 length bins, from 0 (see xcalib refine --help)\n",
     )
 
 

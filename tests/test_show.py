@@ -1,7 +1,11 @@
 """What ``render_profile`` prints, with and without colours, for few and for many heads."""
 
 import io
+import os
+import pty
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ from rich.console import Console
 
 from xcalib.cli.show import render_profile
 from xcalib.errors import ProfileError
-from xcalib.profile import Profile, make_profile, parse_profile
+from xcalib.profile import Profile, make_profile, parse_profile, save_profile
 
 DOC = (Path(__file__).parent.parent / "docs" / "profile-format.md").read_text("utf-8")
 EXAMPLE = parse_profile(re.findall(r"```yaml\n(.*?)```", DOC, re.DOTALL)[0])
@@ -37,6 +41,15 @@ def printed(profile: Profile, point: str | None = None, width: int = 100) -> lis
     console = Console(record=True, width=width, file=io.StringIO(), color_system=None)
     render_profile(profile, console, point)
     return console.export_text().splitlines()
+
+
+def table(profile: Profile, width: int = 80) -> list[list[str]]:
+    """Rows of the table by layer."""
+    console = Console(record=True, width=width, file=io.StringIO(), color_system=None)
+    render_profile(profile, console, by_layer=True)
+    lines = console.export_text().splitlines()
+    assert not any("100 x tau" in line or line.startswith("tau of") for line in lines)
+    return [line.split() for line in lines if re.match(r" *\d+( +(\S*\d|-)){5}", line)]
 
 
 def heatmap(lines: list[str]) -> list[list[str]]:
@@ -135,3 +148,113 @@ def test_ascii_only_output() -> None:
     render_profile(EXAMPLE, Console(file=file, width=100))
     file.flush()
     assert b"####" in raw.getvalue()
+
+
+def test_by_layer() -> None:
+    rows = table(EXAMPLE)
+    assert rows[:3] == [
+        ["0", "1", "1", "1", "-", "4", "dense", "layer"],
+        ["1", "0", "0.625", "0.900", "1", "-"],
+        ["2", "1e-05", "0.825", "1", "-", "1"],
+    ]
+    assert rows[4:] == [["1", "0", "0.575", "0.800", "1", "-"], ["2", "0.100", "0.750", "1", "-", "1"]]
+    assert [row[0] for row in table(shaped(80, 64))] == [str(layer) for layer in range(80)]
+
+
+def test_by_layer_says_the_density_that_the_file_knows() -> None:
+    def said(profile: Profile) -> list[str]:
+        console = Console(record=True, width=80, file=io.StringIO(), color_system=None)
+        render_profile(profile, console, by_layer=True)
+        start = "density of all layers together: "
+        return [line.strip().removeprefix(start) for line in console.export_text().splitlines() if start in line]
+
+    assert said(EXAMPLE) == ["not known"] * 2  # its figures are means over both bins
+    assert said(shaped(2, 4)) == ["predicted 0.251, held-out 0.262"]
+    point = EXAMPLE.points[0].model_dump()
+    parts = [{"min_length": 1024, "max_length": 8192, "density": 0.3, "kl": 0.01}]
+    parts.append({"min_length": 8192, "max_length": None, "density": 0.2, "kl": 0.02})
+    point["predicted"] |= {"by_length": parts}
+    assert said(make_profile(**{**dict(EXAMPLE), "points": [point]})) == ["predicted 0.300", "predicted 0.200"]
+
+
+@pytest.mark.parametrize("heads", [4, 32, 64, 128])
+@pytest.mark.parametrize("by_layer", [False, True], ids=["drawn", "by layer"])
+def test_80_columns_are_enough(heads: int, by_layer: bool) -> None:
+    console = Console(record=True, width=80, file=io.StringIO(), color_system=None)
+    render_profile(shaped(5, heads), console, by_layer=by_layer)
+    lines = console.export_text().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert len(table(shaped(5, heads)) if by_layer else heatmap(lines)) == 5  # no line is broken
+
+
+# --- as a process, with and without a terminal
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_profile(shaped(4, 40), tmp_path / "profile.yaml")
+    return tmp_path / "profile.yaml"
+
+
+def command(file: Path, *options: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "xcalib", "show", str(file), *options]
+
+
+def environment(**more: str) -> dict[str, str]:
+    taken = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONIOENCODING")
+    kept = {name: value for name, value in os.environ.items() if name not in taken}
+    return {**kept, "TERM": "xterm-256color", "COLORTERM": "truecolor", **more}
+
+
+def on_a_terminal(file: Path, *options: str, **more: str) -> str:
+    """What the command writes to a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command(file, *options), stdout=theirs, stderr=theirs, stdin=theirs, env=environment(COLUMNS="80", **more)
+    ) as process:
+        os.close(theirs)
+        written = b""
+        try:
+            while part := os.read(ours, 65536):
+                written += part
+        except OSError:  # its other end is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    return written.decode().replace("\r\n", "\n")
+
+
+def piped(file: Path, *options: str, **more: str) -> str:
+    done = subprocess.run(command(file, *options), capture_output=True, check=True, env=environment(**more))
+    return done.stdout.decode()
+
+
+def test_a_terminal_gets_colours_and_whole_lines(file: Path) -> None:
+    written = on_a_terminal(file)
+    assert "\x1b[" in written and "48;2;" in written
+    plain = re.sub(r"\x1b\[[\d;]*m", "", written).splitlines()
+    assert max(len(line.rstrip()) for line in plain) <= 80
+    assert [len(row) for row in heatmap(plain)] == [20] * 4  # two heads a cell
+
+
+def test_a_pipe_gets_none_and_80_columns(file: Path) -> None:
+    lines = piped(file).splitlines()
+    assert "\x1b" not in "".join(lines)
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert len(heatmap(lines)) == 4
+    assert "\x1b" not in piped(file, "--by-layer")
+
+
+def test_no_color_means_no_escape_on_a_terminal_too(file: Path) -> None:
+    assert "\x1b" not in on_a_terminal(file, NO_COLOR="1")
+    assert "\x1b" not in on_a_terminal(file, NO_COLOR="1", FORCE_COLOR="1")
+    assert "\x1b[" in on_a_terminal(file, NO_COLOR="")  # empty is unset
+
+
+def test_force_color_colours_a_pipe(file: Path) -> None:
+    assert "\x1b[" in piped(file, FORCE_COLOR="1")
+
+
+def test_an_ascii_locale_gets_ascii(file: Path) -> None:
+    written = piped(file, PYTHONIOENCODING="ascii")
+    assert written.isascii() and "####" in written

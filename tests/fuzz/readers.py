@@ -66,7 +66,7 @@ def read_profile_file(name: str) -> Callable[[bytes], object]:
 
 RECIPE = b"""# xcalib search --recipe
 model: demo
-data: [builtin@2, "ruler:niah@0.5", jsonl:rows.jsonl:text]
+data: [builtin@2, "ruler:niah_single_1@0.5", jsonl:rows.jsonl:text]
 target: [chat:kl=0.01, "fast:density=0.2"]
 num_samples: 4
 heldout-samples: 2

@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from xcalib.ablate.paper import PAPER
+from xcalib.choices import ABLATIONS
 from xcalib.errors import AblationError
 from xcalib.kernels.api import STRIDES, Order, Pattern, Policy
 
 __all__ = ["MEASURED", "TABLES", "Scoring", "Setting", "Variant", "check_tables", "variants_of"]
 
-TABLES = (*PAPER, "breakdown")
+TABLES = ABLATIONS
 MEASURED = tuple(PAPER)
 PATTERN_STRIDES = (8, 16)
 

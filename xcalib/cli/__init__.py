@@ -15,6 +15,11 @@ def main() -> None:
     import typer
 
     from xcalib.cli.app import app
+    from xcalib.cli.completion import COMPLETING, whole_words
+
+    if os.environ.get(COMPLETING) == "complete_bash":
+        with whole_words():
+            app(prog_name="xcalib")
 
     usage_error: Any = typer.BadParameter.__bases__[0]  # typer has no public name for its base
     try:
@@ -34,7 +39,8 @@ def main() -> None:
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}")
     except usage_error as error:
-        _fail(f"{error.format_message()} (see --help)")
+        context = getattr(error, "ctx", None)
+        _fail(f"{error.format_message()} (see {context.command_path if context else 'xcalib'} --help)")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -11,10 +11,10 @@ import typer
 
 from xcalib._files import replace_file
 from xcalib._lock import remove_folder
-from xcalib.ablate import TABLES, AblateSettings, check_matplotlib, check_tables, draw, markdown, render, run_tables
+from xcalib.choices import ABLATIONS
 from xcalib.cli import options as opt
+from xcalib.cli.completion import offering
 from xcalib.cli.output import console, print_json, progress, resumable
-from xcalib.collect import load_curves
 from xcalib.errors import AblationError
 
 __all__ = ["ablate"]
@@ -26,7 +26,11 @@ def ablate(
     table: Annotated[
         list[str] | None,
         typer.Option(
-            "--table", "-t", metavar="TABLE", help=f"Required: {', '.join(TABLES)} or all; may be given several times."
+            "--table",
+            "-t",
+            metavar="TABLE",
+            autocompletion=offering(*ABLATIONS, "all"),
+            help=f"Required: {', '.join(ABLATIONS)} or all; may be given several times.",
         ),
     ] = None,
     data: opt.Data = None,
@@ -61,6 +65,9 @@ def ablate(
 
     Samples with answers (`--data ruler`) are scored as well. The time breakdown means something on a CUDA machine only.
     """
+    from xcalib.ablate import AblateSettings, check_matplotlib, markdown, render, run_tables
+    from xcalib.collect import load_curves
+
     names = _names(table)
     settings = AblateSettings(
         densities=_numbers("densities", densities, float),
@@ -108,9 +115,11 @@ def ablate(
 def _names(given: list[str] | None) -> tuple[str, ...]:
     """Tables in the order of the paper."""
     if not given:
-        raise AblationError(f"give --table, one of {', '.join(TABLES)} or all")
+        raise AblationError(f"give --table, one of {', '.join(ABLATIONS)} or all")
+    from xcalib.ablate import check_tables
+
     check_tables(tuple(name for name in given if name != "all"))
-    return TABLES if "all" in given else tuple(name for name in TABLES if name in given)
+    return ABLATIONS if "all" in given else tuple(name for name in ABLATIONS if name in given)
 
 
 def _numbers(option: str, text: str, kind: type) -> tuple[Any, ...]:
@@ -134,4 +143,6 @@ def _check_out(out: Path, names: tuple[str, ...], md: Path | None, replace: bool
 def _write(out: Path, name: str, result: dict[str, Any], png: bool) -> None:
     replace_file(out / f"{name}.json", json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
     if png:
+        from xcalib.ablate import draw
+
         replace_file(out / f"{name}.png", draw(result))

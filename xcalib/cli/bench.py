@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from xcalib._files import replace_file
-from xcalib.bench import draw, markdown, render, run_bench, suite_of
 from xcalib.cli import options as opt
 from xcalib.cli.output import console, print_json, progress, resumable
 from xcalib.errors import BenchError
@@ -54,6 +53,8 @@ def bench(
     Tools that are not installed are listed. The method's public implementation is measured where a checkout of
     github.com/mit-han-lab/x-attention (and its block_sparse_attn) is on PYTHONPATH.
     """
+    from xcalib.bench import draw, markdown, render, run_bench, suite_of
+
     for path in filter(None, (md, png)):
         if not path.parent.is_dir():
             raise BenchError(f"{path.parent} is not a folder: nothing could be written to {path}")

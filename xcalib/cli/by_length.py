@@ -2,21 +2,23 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from xcalib.cli.output import console, interval_labels, print_json
-from xcalib.collect import Curves, measured_length
-from xcalib.evaluation import Evaluation, LengthResult
-from xcalib.profile import LengthBin, LengthEvidence, OperatingPoint, Profile
+
+if TYPE_CHECKING:
+    from xcalib.collect import Curves
+    from xcalib.evaluation import Evaluation, LengthResult
+    from xcalib.profile import LengthBin, LengthEvidence, OperatingPoint, Profile
 
 __all__ = ["bin_name", "evaluation_by_length", "point_by_length", "report_curves"]
 
 
-def bin_name(length_bin: LengthBin) -> str:
+def bin_name(length_bin: "LengthBin") -> str:
     """``512 to 1,448 keys`` or ``512 keys and more``."""
     return f"{_span(length_bin.min_length, length_bin.max_length)} keys" + (
         " and more" if length_bin.max_length is None else ""
@@ -27,7 +29,7 @@ def _span(start: int, end: int | None) -> str:
     return f"{start:,}" if end is None else f"{start:,} to {end - 1:,}"
 
 
-def point_by_length(profile: Profile) -> Table:
+def point_by_length(profile: "Profile") -> Table:
     """Every operating point in every length bin: what the search expects there, and what held-out samples gave."""
     table = Table(title="by length", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("point", overflow="fold")
@@ -44,7 +46,7 @@ def point_by_length(profile: Profile) -> Table:
     return table
 
 
-def _cells(point: OperatingPoint, length_bin: LengthBin) -> tuple[list[str], list[str]]:
+def _cells(point: "OperatingPoint", length_bin: "LengthBin") -> tuple[list[str], list[str]]:
     ends = (length_bin.min_length, length_bin.max_length)
     predicted = (point.predicted and point.predicted.by_length) or ()
     measured = (point.heldout and point.heldout.by_length) or ()
@@ -57,13 +59,13 @@ def _cells(point: OperatingPoint, length_bin: LengthBin) -> tuple[list[str], lis
     return [*expected, ["-", "-", ""]][0], [*found, ["held-out", "-", "-", ""]][0]
 
 
-def _measured(part: LengthEvidence) -> list[str]:
+def _measured(part: "LengthEvidence") -> list[str]:
     kl = None if part.intervals is None else part.intervals.kl
     interval = "-" if kl is None else f"{kl[0]:.3g} to {kl[1]:.3g}"
     return [f"held-out ({part.samples})", f"{part.density:.3f}", f"{part.kl:.3g}", interval]
 
 
-def evaluation_by_length(evaluation: Evaluation) -> Table:
+def evaluation_by_length(evaluation: "Evaluation") -> Table:
     """Dense and every plan at each length, with the bin whose thresholds served it."""
     table = Table(title="by length", title_justify="left", caption_justify="left")
     table.add_column("tokens", no_wrap=True)
@@ -80,7 +82,7 @@ def evaluation_by_length(evaluation: Evaluation) -> Table:
     return table
 
 
-def _rows(part: LengthResult, evaluation: Evaluation) -> list[list[str]]:
+def _rows(part: "LengthResult", evaluation: "Evaluation") -> list[list[str]]:
     rows = [["dense", "100.0%", "0", _percent(part.dense.accuracy), f"{part.dense.seconds:.1f}"]]
     for plan in part.plans:
         figures = [f"{plan.density:.1%}", f"{plan.kl:.4f}", _percent(plan.accuracy), f"{plan.seconds:.1f}"]
@@ -93,7 +95,7 @@ def _rows(part: LengthResult, evaluation: Evaluation) -> list[list[str]]:
     return rows
 
 
-def _labels(part: LengthResult) -> list[str]:
+def _labels(part: "LengthResult") -> list[str]:
     tokens = (
         f"{part.min_tokens:,}" if part.min_tokens == part.max_tokens else _span(part.min_tokens, part.max_tokens + 1)
     )
@@ -109,8 +111,10 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def report_curves(sets: Sequence[Curves], out: Path, as_json: bool) -> None:
+def report_curves(sets: "Sequence[Curves]", out: Path, as_json: bool) -> None:
     """What ``xcalib collect`` measured; as JSON the figures of one length, or ``by_length`` with those of several."""
+    from xcalib.collect import measured_length
+
     for curves in sets:
         at = f" at {measured_length(curves):,} tokens" if len(sets) > 1 else ""
         size = f"{len(curves.layers)} layers x {curves.error.shape[2]} heads, {len(curves.grid)} levels"
@@ -125,7 +129,7 @@ def report_curves(sets: Sequence[Curves], out: Path, as_json: bool) -> None:
         print_json({"curves": str(out), **(several if len(sets) > 1 else figures[0])})
 
 
-def _figures(curves: Curves) -> dict[str, Any]:
+def _figures(curves: "Curves") -> dict[str, Any]:
     fisher, mass = curves.fisher_kl, curves.dropped_mass
     return {
         "grid": curves.grid.tolist(),

@@ -1,17 +1,20 @@
 """The table of accuracies by task."""
 
+from typing import TYPE_CHECKING
+
 from rich.markup import escape
 from rich.table import Table
 
-from xcalib.evaluation import Evaluation
-from xcalib.evaluation.by_task import TaskAccuracy, TaskResult
+if TYPE_CHECKING:
+    from xcalib.evaluation import Evaluation
+    from xcalib.evaluation.by_task import TaskAccuracy, TaskResult
 
 __all__ = ["task_table"]
 
 _COLUMNS = 6  # of accuracies that fit on a terminal
 
 
-def task_table(evaluation: Evaluation) -> Table:
+def task_table(evaluation: "Evaluation") -> Table:
     """One row for each task, with its metric if that is not recall, or, of many plans, one for each plan; under each accuracy its
     interval, where the task has two samples or more."""
     names = ("dense", *(plan.name for plan in evaluation.plans))
@@ -33,17 +36,18 @@ def task_table(evaluation: Evaluation) -> Table:
             table.add_row(task, str(result.samples), *map(_cell, result.accuracy))
     counted = "beside each task its samples; " if by_plan else ""
     if any(result.samples > 1 for result in evaluation.tasks):
-        table.caption = f"{counted}below each accuracy its {evaluation.confidence:.0%} interval in %, bootstrapped over the task's samples"
+        table.caption = f"{counted}below each accuracy its {evaluation.confidence:.0%} interval in %, "
+            "bootstrapped over the task's samples"
     else:
         table.caption = f"{counted}no interval from 1 sample of a task"
     return table
 
 
-def _task(result: TaskResult) -> str:
+def _task(result: "TaskResult") -> str:
     return result.task if result.metric == "recall" else f"{result.task} ({result.metric})"
 
 
-def _cell(found: TaskAccuracy) -> str:
+def _cell(found: "TaskAccuracy") -> str:
     if found.interval is None:
         return f"{found.accuracy:.1%}"
     low, high = found.interval

@@ -2,26 +2,20 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from xcalib._files import replace_file
+from xcalib.choices import TABLE_BLOCK_SIZE
 from xcalib.cli import options as opt
 from xcalib.cli.by_length import bin_name
+from xcalib.cli.completion import complete_point
 from xcalib.cli.output import console, print_json, quiet_libraries, status
 from xcalib.errors import DataError
-from xcalib.interop import (
-    bin_for_length,
-    config_with_block,
-    model_identity,
-    profile_from_table,
-    read_table,
-    table_name,
-    table_text,
-)
-from xcalib.interop.tables import BLOCK_SIZE
-from xcalib.profile import Profile, load_profile, save_profile
+
+if TYPE_CHECKING:
+    from xcalib.profile import Profile
 
 __all__ = ["convert"]
 
@@ -54,12 +48,15 @@ def convert(
     stride: Annotated[
         int | None, typer.Option(help="To a profile: S, where the table's name does not end in it.")
     ] = None,
-    block_size: Annotated[int | None, typer.Option(help=f"To a profile: B, 64 or 128; default {BLOCK_SIZE}.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help=f"To a profile: B, 64 or 128; default {TABLE_BLOCK_SIZE}.")
+    ] = None,
     min_length: Annotated[
         int | None, typer.Option(min=0, help="To a profile: keys below which attention stays dense; default 0.")
     ] = None,
     point: Annotated[
-        str | None, typer.Option(help="Operating point to read (default the profile's) or to name.")
+        str | None,
+        typer.Option(help="Operating point to read (default the profile's) or to name.", autocompletion=complete_point),
     ] = None,
     length: Annotated[int | None, typer.Option(min=0, help="To a table: a key length in the bin to write.")] = None,
     config: Annotated[Path | None, typer.Option(help="To a config: the model's config.json, which is copied.")] = None,
@@ -70,6 +67,8 @@ def convert(
     as_json: opt.Json = False,
 ) -> None:
     """Thresholds from and for other tools: [layer][head] tables and a sparse_attention_config in a copy of config.json."""
+    from xcalib.profile import load_profile
+
     given: dict[str, Any] = {
         "name": name,
         "model": model,
@@ -83,7 +82,7 @@ def convert(
     if to == "profile":
         sizes = {
             "stride": stride,
-            "block_size": BLOCK_SIZE if block_size is None else block_size,
+            "block_size": TABLE_BLOCK_SIZE if block_size is None else block_size,
             "min_length": min_length or 0,
         }
         summary = _to_profile(source, out, name, str(model), point or "imported", sizes)
@@ -131,6 +130,9 @@ def _check_out(out: Path, to: Form, force: bool, inputs: list[Path]) -> None:
 def _to_profile(
     source: Path, out: Path, name: str | None, model: str, point: str, sizes: dict[str, int | None]
 ) -> dict[str, Any]:
+    from xcalib.interop import model_identity, profile_from_table, read_table
+    from xcalib.profile import save_profile
+
     if source.suffix.lower() in (".yaml", ".yml"):
         raise DataError(f"{source}: is a profile by its name: give --to table or --to config to export it")
     table = read_table(source, name)
@@ -150,7 +152,9 @@ def _to_profile(
     return {**figures, "table": table.name, "point": point, "verified": False, "content_sha256": profile.content_sha256}
 
 
-def _to_table(profile: Profile, out: Path, name: str | None, point: str | None, length: int | None) -> dict[str, Any]:
+def _to_table(profile: "Profile", out: Path, name: str | None, point: str | None, length: int | None) -> dict[str, Any]:
+    from xcalib.interop import bin_for_length, table_name, table_text
+
     chosen = profile.point(point)
     index = bin_for_length(profile, length)
     rows, length_bin = chosen.thresholds[index], profile.length_bins[index]
@@ -163,10 +167,10 @@ def _to_table(profile: Profile, out: Path, name: str | None, point: str | None, 
         console.print(
             f"note: {length:,} keys are beyond what these thresholds were measured for: {bin_name(length_bin)}"
         )
-    if (profile.method.block_size, profile.method.pattern) != (BLOCK_SIZE, "antidiagonal"):
+    if (profile.method.block_size, profile.method.pattern) != (TABLE_BLOCK_SIZE, "antidiagonal"):
         console.print(
             f"note: these hold for block {profile.method.block_size} and {profile.method.pattern}, which a table does not "
-            f"say; the public implementation takes block {BLOCK_SIZE} and antidiagonal",
+            f"say; the public implementation takes block {TABLE_BLOCK_SIZE} and antidiagonal",
             soft_wrap=True,
         )
     _note_order(profile, "which a table does not say")
@@ -180,8 +184,10 @@ def _to_table(profile: Profile, out: Path, name: str | None, point: str | None, 
 
 
 def _to_config(
-    profile: Profile, out: Path, config: Path, point: str | None, *, replace: bool, other_config: bool
+    profile: "Profile", out: Path, config: Path, point: str | None, *, replace: bool, other_config: bool
 ) -> dict[str, Any]:
+    from xcalib.interop import config_with_block
+
     quiet_libraries()
     with status(f"Reading {config}"):
         text = config_with_block(profile, config, point, replace=replace, other_config=other_config)
@@ -193,7 +199,7 @@ def _to_config(
     return {**figures, "config": str(config), "point": chosen.name, "profile_sha256": profile.content_sha256}
 
 
-def _note_order(profile: Profile, said: str) -> None:
+def _note_order(profile: "Profile", said: str) -> None:
     if profile.method.order != "score":
         console.print(
             f"note: these hold for the order of preference {profile.method.order!r}, {said}; the public implementation has "
@@ -202,7 +208,7 @@ def _note_order(profile: Profile, said: str) -> None:
         )
 
 
-def _figures(profile: Profile, rows: Any) -> dict[str, Any]:
+def _figures(profile: "Profile", rows: Any) -> dict[str, Any]:
     taus = [tau for row in rows for tau in row]
     return {
         "model": profile.model.name,

@@ -2,18 +2,19 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from xcalib import _yaml
 from xcalib.cli import options as opt
+from xcalib.cli.completion import complete_point, complete_profile
 from xcalib.cli.output import console, print_json
-from xcalib.interop import PointDifference, ProfileDifference, compare_profiles
-from xcalib.profile import load_profile
+
+if TYPE_CHECKING:
+    from xcalib.interop import PointDifference, ProfileDifference
 
 __all__ = ["diff"]
 
@@ -22,25 +23,32 @@ _IN_JSON = ("calibration.tokens_sha256", "calibration.documents", "calibration.g
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A profile, before.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another of the same model, after.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="A profile, before.", autocompletion=complete_profile)],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", help="Another of the same model, after.", autocompletion=complete_profile)
+    ],
     point: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME[:NAME]", help="One operating point, or that of A and that of B; default all in both."
+            metavar="NAME[:NAME]",
+            help="One operating point, or that of A and that of B; default all in both.",
+            autocompletion=complete_point,
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=0, help="Heads to list, those that moved most; --json has all.")] = 20,
     as_json: opt.Json = False,
 ) -> None:
     """Two profiles of one model: what they cost and lose, and which heads moved."""
+    from xcalib.interop import compare_profiles
+    from xcalib.profile import load_profile
+
     found = compare_profiles(load_profile(first), load_profile(second), point)
     _render(found, limit)
     if as_json:
         print_json({"a": str(first), "b": str(second), **_data(found)})
 
 
-def _data(found: ProfileDifference) -> dict[str, Any]:
+def _data(found: "ProfileDifference") -> dict[str, Any]:
     points = [
         {
             "a": part.names[0],
@@ -56,7 +64,7 @@ def _data(found: ProfileDifference) -> dict[str, Any]:
     return {"identical": found.identical, "settings": settings, "points": points}
 
 
-def _render(found: ProfileDifference, limit: int) -> None:
+def _render(found: "ProfileDifference", limit: int) -> None:
     if found.identical:
         console.print("identical: both have the same content")
         return
@@ -85,11 +93,13 @@ def _table() -> Table:
 
 
 def _settings_table(settings: list[tuple[str, Any, Any]]) -> Table:
+    from xcalib._yaml import one_line
+
     table = _table()
     for column in ("setting", "A", "B"):
         table.add_column(column, overflow="fold")
     for key, *values in settings:
-        table.add_row(Text(key), *(Text(_yaml.one_line(_plain(value), 120)) for value in values))
+        table.add_row(Text(key), *(Text(one_line(_plain(value), 120)) for value in values))
     return table
 
 
@@ -105,11 +115,11 @@ def _keys(min_length: int, max_length: int | None) -> str:
     return f"{min_length:,} " + ("and more" if max_length is None else f"to {max_length - 1:,}")
 
 
-def _label(part: PointDifference) -> str:
+def _label(part: "PointDifference") -> str:
     return part.names[0] if part.names[0] == part.names[1] else f"{part.names[0]} to {part.names[1]}"
 
 
-def _points_table(found: ProfileDifference) -> Table:
+def _points_table(found: "ProfileDifference") -> Table:
     table = _table()
     table.add_column("point", overflow="fold")
     table.add_column("")
@@ -125,7 +135,7 @@ def _points_table(found: ProfileDifference) -> Table:
     return table
 
 
-def _print_moved(part: PointDifference, limit: int) -> None:
+def _print_moved(part: "PointDifference", limit: int) -> None:
     label = _label(part)
     if not part.moved:
         rest = "no head moved" if part.heads else "no key length that both serve"

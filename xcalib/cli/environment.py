@@ -4,8 +4,6 @@ import os
 import platform
 from importlib import metadata
 
-import torch
-
 from xcalib._machine import processor
 
 __all__ = ["environment"]
@@ -13,6 +11,8 @@ __all__ = ["environment"]
 
 def environment() -> dict[str, str | int]:
     """Processor, threads, GPU and versions, as plain JSON values."""
+    import torch
+
     found: dict[str, str | int] = {
         "processor": processor(),
         "cores": os.cpu_count() or 0,

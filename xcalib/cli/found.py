@@ -3,22 +3,26 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from xcalib.cli.output import console, print_json
 from xcalib.cli.show import render_profile
 from xcalib.errors import TargetMissedError
-from xcalib.profile import Profile, SearchRound
-from xcalib.search import judge, missed
+
+if TYPE_CHECKING:
+    from xcalib.profile import Profile, SearchRound
 
 __all__ = ["TARGET_MISSED", "report_profile", "reporting_misses"]
 
 TARGET_MISSED = 3  # exit code; 2 is bad input
 
 
-def report_profile(profile: Profile, out: Path, as_json: bool) -> None:
+def report_profile(profile: "Profile", out: Path, as_json: bool) -> None:
     """Say what is known about a profile that was found and saved."""
+    from xcalib.search import judge
+
     render_profile(profile, console)
     for point in profile.points:
         if point.bound and point.bound.gap is not None:
@@ -37,7 +41,7 @@ def report_profile(profile: Profile, out: Path, as_json: bool) -> None:
         print_json({"profile": str(out), **profile.model_dump(mode="json")})
 
 
-def round_lines(rounds: Sequence[SearchRound]) -> list[str]:
+def round_lines(rounds: "Sequence[SearchRound]") -> list[str]:
     """What each step after the first search expected, and what came of it."""
     lines = []
     for number, one in enumerate(rounds, start=1):
@@ -55,6 +59,8 @@ def reporting_misses(out: Path, as_json: bool) -> Iterator[None]:
     try:
         yield
     except TargetMissedError as error:
+        from xcalib.search import missed
+
         render_profile(error.profile, console)
         kept = f"{out} stays as it was" if out.exists() else f"{out} is not written"
         console.print(

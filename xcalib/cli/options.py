@@ -1,23 +1,25 @@
 """Options that several commands share, and what they are turned into."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from xcalib import choices
 from xcalib._files import remove_left_overs
 from xcalib._lock import Lock, lock_file
+from xcalib.cli.completion import COMPLETING, complete_data, complete_model, offering
 from xcalib.cli.output import console, quiet_libraries, status
-from xcalib.collect import CollectSettings, Curves, Measure, measured_length, refuse_with_offload
-from xcalib.collect.budget import parse_memory
-from xcalib.collect.ranks import ALONE, Ranks
-from xcalib.data import DEFAULT_SPECS, SampleSet, Split, length_sets, load_samples, parse_lengths, parse_specs
 from xcalib.errors import CurvesError, DataError
-from xcalib.kernels import api as kernels
-from xcalib.kernels.api import BLOCK_SIZES, STRIDES
-from xcalib.models.loading import DTYPES, LoadedModel, load_model
+
+if TYPE_CHECKING:
+    from xcalib.collect import CollectSettings, Curves
+    from xcalib.collect.ranks import Ranks
+    from xcalib.data import SampleSet, Split
+    from xcalib.models.loading import LoadedModel
 
 MODEL_HELP = "A Hugging Face id, a folder, a .gguf file, or 'demo'."
 DATA_HELP = (
@@ -30,7 +32,7 @@ def checked(read: Callable[[Any], object]) -> Callable[[Any], Any]:
     """A callback that looks at an option's value before anything is done, and leaves it as it is."""
 
     def check(value: Any) -> Any:
-        if value not in (None, [], ()):
+        if value not in (None, [], ()) and COMPLETING not in os.environ:  # a check may import what takes a second
             read(value)
         return value
 
@@ -48,9 +50,31 @@ def one_of(*allowed: Any) -> Callable[[Any], Any]:
     return checked(read)
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+def check_specs(specs: list[str]) -> None:
+    """Raise DataError unless all data specs are well formed, and categories and tasks exist; files are looked at later."""
+    from xcalib.data import parse_specs
+    from xcalib.data._ruler import check_tasks
+    from xcalib.data._sources import builtin_documents
+
+    for spec in parse_specs(specs):
+        if spec.kind == "ruler":
+            check_tasks(spec)
+        elif spec.kind == "builtin":
+            builtin_documents(spec.argument)
+
+
+def _check_lengths(text: str) -> None:
+    from xcalib.data import parse_lengths
+
+    parse_lengths(text)
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)]
 Data = Annotated[
-    list[str] | None, typer.Option("--data", "-d", metavar="SPEC", callback=checked(parse_specs), help=DATA_HELP)
+    list[str] | None,
+    typer.Option(
+        "--data", "-d", metavar="SPEC", callback=checked(check_specs), autocompletion=complete_data, help=DATA_HELP
+    ),
 ]
 NumSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 MaxLength = Annotated[int | None, typer.Option(min=64, help="Tokens of the longest sample; default 2048.")]
@@ -58,7 +82,7 @@ Lengths = Annotated[
     str | None,
     typer.Option(
         metavar="TOKENS,...",
-        callback=checked(parse_lengths),
+        callback=checked(_check_lengths),
         help="Several lengths instead of --max-length, as 1k,2k,4k (k is 1,024): --num-samples of each, and thresholds of their "
         "own for each.",
     ),
@@ -77,17 +101,29 @@ MinLength = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of windows, needles and everything random.")]
 Stride = Annotated[
-    int, typer.Option(callback=one_of(*STRIDES), help="Tokens per group of the scoring (S): 4, 8, 16, 32 or 64.")
+    int,
+    typer.Option(
+        callback=one_of(*choices.STRIDES),
+        autocompletion=offering(*choices.STRIDES),
+        help="Tokens per group of the scoring (S): 4, 8, 16, 32 or 64.",
+    ),
 ]
-BlockSize = Annotated[int, typer.Option(callback=one_of(*BLOCK_SIZES), help="Tokens per block (B): 64 or 128.")]
+BlockSize = Annotated[
+    int,
+    typer.Option(
+        callback=one_of(*choices.BLOCK_SIZES),
+        autocompletion=offering(*choices.BLOCK_SIZES),
+        help="Tokens per block (B): 64 or 128.",
+    ),
+]
 Pattern = Annotated[
-    kernels.Pattern,
+    choices.Pattern,
     typer.Option(
         help="Which query of a group meets which key; rows: the last one meets every key by itself, others are the paper's."
     ),
 ]
 Order = Annotated[
-    kernels.Order,
+    choices.Order,
     typer.Option(
         help="Of preference: recent takes the block before a row's own at every tau above 0, score is the paper's rule."
     ),
@@ -97,7 +133,8 @@ Measures = Annotated[
     typer.Option(
         "--measure",
         metavar="fisher|mass",
-        callback=one_of(*get_args(Measure)),
+        callback=one_of(*get_args(choices.Measure)),
+        autocompletion=offering(*get_args(choices.Measure)),
         help="Measure also what --objective fisher or mass needs; may be given several times.",
     ),
 ]
@@ -110,11 +147,15 @@ Rounds = Annotated[
         "long as ten dense passes over the samples, for every target; 0 leaves them out.",
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there is one, else cpu.")]
+Device = Annotated[
+    str | None,
+    typer.Option(autocompletion=offering("cuda", "cpu"), help="Torch device; default cuda if there is one, else cpu."),
+]
 DeviceMap = Annotated[
     str | None,
     typer.Option(
         metavar="auto|balanced|...",
+        autocompletion=offering("auto", "balanced", "balanced_low_0", "sequential"),
         help="Spread MODEL over all GPUs, and over host memory where they do not hold it, instead of --device: auto, balanced, "
         "balanced_low_0, sequential or a JSON object, as transformers' device_map (docs/large-models.md).",
     ),
@@ -126,7 +167,14 @@ Offload = Annotated[
         help="For a MODEL larger than memory: read its layers from the checkpoint one at a time, all samples through each.",
     ),
 ]
-Dtype = Annotated[str, typer.Option(callback=one_of("auto", *DTYPES), help="auto, float32, float16 or bfloat16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        callback=one_of("auto", *choices.DTYPE_NAMES),
+        autocompletion=offering("auto", *choices.DTYPE_NAMES),
+        help="auto, float32, float16 or bfloat16.",
+    ),
+]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")]
 FileOut = Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")]
 MaxMemory = Annotated[
@@ -153,13 +201,15 @@ DEFAULT_LENGTH = 2048  # tokens of a sample
 def collect_settings(
     stride: int,
     block_size: int,
-    pattern: kernels.Pattern,
-    order: kernels.Order,
+    pattern: choices.Pattern,
+    order: choices.Order,
     gain_samples: int,
     measures: Sequence[str] = (),
-) -> CollectSettings:
+) -> "CollectSettings":
     """Settings of a measurement, from options that are checked."""
-    chosen = tuple(name for name in get_args(Measure) if name in measures)  # --resume takes them in any order
+    from xcalib.collect import CollectSettings
+
+    chosen = tuple(name for name in get_args(choices.Measure) if name in measures)  # --resume takes them in any order
     return CollectSettings(
         stride=stride, block_size=block_size, pattern=pattern, order=order, gain_samples=gain_samples, measures=chosen
     )
@@ -167,8 +217,14 @@ def collect_settings(
 
 def memory_limit(text: str | None, skip_bad: bool, offload: bool) -> int | None:
     """``--max-memory`` in bytes; MemoryLimitError where it is no size, ModelError where ``--offload`` goes without it."""
-    limit = None if text is None else parse_memory(text)
+    limit = None
+    if text is not None:
+        from xcalib.collect.budget import parse_memory
+
+        limit = parse_memory(text)
     if offload:
+        from xcalib.collect import refuse_with_offload
+
         refuse_with_offload(limit, skip_bad)
     return limit
 
@@ -185,8 +241,8 @@ def open_model(
     trust_remote_code: bool,
     device_map: str | None = None,
     offload: bool = False,
-    ranks: Ranks = ALONE,
-) -> LoadedModel:
+    ranks: "Ranks | None" = None,
+) -> "LoadedModel":
     """Load MODEL, saying so while it lasts; of several ranks each onto its own device.
 
     The other arguments are those of :func:`xcalib.models.loading.load_model`.
@@ -194,14 +250,16 @@ def open_model(
     if device_map is not None and (device is not None or offload):
         other = "--offload" if offload else "--device"
         raise typer.BadParameter(f"goes without {other}: give one of them", param_hint="--device-map")
-    if ranks.size > 1 and (device_map is not None or offload):
+    if ranks is not None and ranks.size > 1 and (device_map is not None or offload):
         name_of = "--offload" if offload else "--device-map"
         raise typer.BadParameter(
             f"is for one process: {ranks.size} ranks hold a model each; use it without --workers and torchrun",
             param_hint=name_of,
         )
     quiet_libraries()
-    device = ranks.device(device)
+    from xcalib.models.loading import load_model
+
+    device = device if ranks is None else ranks.device(device)
     with status(f"Loading {name}"):
         return load_model(
             name,
@@ -213,7 +271,7 @@ def open_model(
         )
 
 
-def check_positions(loaded: LoadedModel, length: int) -> None:
+def check_positions(loaded: "LoadedModel", length: int) -> None:
     """Raise DataError if the model has fewer positions than samples of ``length`` tokens need."""
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -224,17 +282,19 @@ def check_positions(loaded: LoadedModel, length: int) -> None:
 
 def read_samples(
     specs: list[str] | None,
-    loaded: LoadedModel,
+    loaded: "LoadedModel",
     *,
     num_samples: int | None,
     max_length: int,
     min_length: int | None,
     seed: int,
-    split: Split,
+    split: "Split",
     exclude: tuple[str, ...] = (),
     limit: int | None = None,
-) -> SampleSet:
+) -> "SampleSet":
     """Samples of the given or default data; what was dropped is said on stderr."""
+    from xcalib.data import DEFAULT_SPECS, load_samples
+
     check_positions(loaded, max_length)
     arguments: dict[str, Any] = {"num_samples": num_samples, "max_length": max_length, "min_length": min_length}
     with status(f"Reading {split} data"):
@@ -268,15 +328,19 @@ def chosen_lengths(
                 f"is given together with {option} (by flag or in a recipe): --lengths alone says how long samples are",
                 param_hint="--lengths",
             )
+    from xcalib.data import parse_lengths
+
     return parse_lengths(lengths)
 
 
-def lengths_of_curves(measured: Sequence[Curves], asked: tuple[int, ...], *, given: bool) -> tuple[int, ...]:
+def lengths_of_curves(measured: "Sequence[Curves]", asked: tuple[int, ...], *, given: bool) -> tuple[int, ...]:
     """Lengths of the samples that go with measured curves: those of several, and for one the length asked for.
 
     Raises:
         CurvesError: other lengths were ``given``.
     """
+    from xcalib.collect import measured_length
+
     found = tuple(measured_length(curves) for curves in measured)
     if len(found) == 1 and len(asked) == 1:
         return asked
@@ -287,13 +351,15 @@ def lengths_of_curves(measured: Sequence[Curves], asked: tuple[int, ...], *, giv
 
 
 def read_sets(
-    specs: list[str] | None, loaded: LoadedModel, lengths: Sequence[int], **how: Any
-) -> tuple[SampleSet, ...]:
+    specs: list[str] | None, loaded: "LoadedModel", lengths: Sequence[int], **how: Any
+) -> "tuple[SampleSet, ...]":
     """One set of samples for each length; the arguments are those of :func:`read_samples`."""
     if len(lengths) == 1:
         return (read_samples(specs, loaded, max_length=lengths[0], **how),)
     if how.get("min_length") is not None:
         raise typer.BadParameter("goes with one length: with several, samples have these", param_hint="--min-length")
+    from xcalib.data import length_sets
+
     check_positions(loaded, lengths[-1])
     return length_sets(lengths, lambda length: read_samples(specs, loaded, max_length=length, **how))
 

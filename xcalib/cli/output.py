@@ -1,12 +1,13 @@
 """Progress and tables on stderr; JSON for scripts on stdout."""
 
 import json
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -14,8 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from xcalib.errors import XcalibWarning
-from xcalib.evaluation import Evaluation
-from xcalib.evaluation.bootstrap import Interval
+
+if TYPE_CHECKING:
+    from xcalib.evaluation import Evaluation
+    from xcalib.evaluation.bootstrap import Interval
 
 __all__ = [
     "by_layer_table",
@@ -25,11 +28,23 @@ __all__ = [
     "print_json",
     "progress",
     "quiet_libraries",
+    "report_console",
     "resumable",
     "status",
 ]
 
-console = Console(stderr=True, highlight=False)
+
+def _plain() -> dict[str, Any]:
+    """NO_COLOR: no escapes at all, neither colours nor bold type; Rich takes the colours alone."""
+    return {"color_system": None} if os.environ.get("NO_COLOR") else {}
+
+
+console = Console(stderr=True, highlight=False, **_plain())
+
+
+def report_console() -> Console:
+    """Stdout, for what a command is asked to print; escapes only on a terminal, and where FORCE_COLOR is set."""
+    return Console(highlight=False, **_plain())
 
 
 def print_json(value: Any) -> None:
@@ -42,7 +57,7 @@ def print_json(value: Any) -> None:
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A Rich bar with what is being done and the time left; plain lines when stderr is not a terminal."""
     if not console.is_terminal:
-        console.print(f"{description} ...")
+        console.print(f"{description} ...", markup=False, soft_wrap=True)
         yield lambda _steps: None
         return
     columns = (
@@ -65,7 +80,7 @@ def status(description: str) -> Iterator[None]:
         with console.status(description):
             yield
     else:
-        console.print(f"{description} ...")
+        console.print(f"{description} ...", markup=False, soft_wrap=True)
         yield
 
 
@@ -85,6 +100,7 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its retries is a warning
     transformers_logging.disable_progress_bar()
     previous = warnings.showwarning
 
@@ -106,7 +122,7 @@ def interval_labels(confidence: float) -> tuple[str, str]:
     return f"  {confidence:.0%} from", f"  {confidence:.0%} to"
 
 
-def evaluation_table(evaluation: Evaluation, title: str) -> Table:
+def evaluation_table(evaluation: "Evaluation", title: str) -> Table:
     """Dense and every plan, one row each, and below it two rows with the ends of its intervals where it has any."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("attention")
@@ -138,7 +154,7 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
     return table
 
 
-def _add_ends(table: Table, evaluation: Evaluation, kl: Interval | None, accuracy: Interval | None) -> None:
+def _add_ends(table: Table, evaluation: "Evaluation", kl: "Interval | None", accuracy: "Interval | None") -> None:
     if kl is None and accuracy is None:
         return
     for end, label in enumerate(interval_labels(evaluation.confidence)):
@@ -146,7 +162,7 @@ def _add_ends(table: Table, evaluation: Evaluation, kl: Interval | None, accurac
         table.add_row(label, "", kl_end, "", "", "" if accuracy is None else _percent(accuracy[end]), "")
 
 
-def by_layer_table(evaluation: Evaluation, columns: int = 10) -> Table:
+def by_layer_table(evaluation: "Evaluation", columns: int = 10) -> Table:
     """Density of every layer in percent, ten layers a line; a dash where a layer stays dense."""
     table = Table(title="density by layer, %", title_justify="left")
     table.add_column("attention")

@@ -4,29 +4,21 @@ import json
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.table import Table
 
+from xcalib import choices
 from xcalib._files import replace_file
 from xcalib.cli import options as opt
+from xcalib.cli.completion import complete_model
 from xcalib.cli.output import console, print_json, progress, quiet_libraries, status
 from xcalib.errors import PlanError
-from xcalib.plan import (
-    CalibrationPlan,
-    Job,
-    Machine,
-    Sharding,
-    load_machine,
-    measure_machine,
-    plan_calibration,
-    read_shape,
-)
-from xcalib.plan.advice import gigabytes
-from xcalib.plan.calibration import COLLECT
-from xcalib.plan.steps import DENSITIES
+
+if TYPE_CHECKING:
+    from xcalib.plan import CalibrationPlan, Machine
 
 __all__ = ["plan"]
 
@@ -34,7 +26,11 @@ __all__ = ["plan"]
 def plan(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help=opt.MODEL_HELP + " Or a config.json alone; no weights are loaded."),
+        typer.Argument(
+            metavar="[MODEL]",
+            help=opt.MODEL_HELP + " Or a config.json alone; no weights are loaded.",
+            autocompletion=complete_model,
+        ),
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Devices; on a CPU processes of one thread.")] = 1,
     num_samples: Annotated[int, typer.Option("--samples", "--num-samples", min=1, help="Calibration samples.")] = 8,
@@ -53,7 +49,7 @@ def plan(
         str | None, typer.Option(help="float32, float16 or bfloat16, of the weights; default that of the rates.")
     ] = None,
     shard: Annotated[
-        Sharding,
+        choices.Sharding,
         typer.Option(
             help="How a model that one device cannot hold is spread: by layers (a device map, one device works at a time), by "
             "heads (tensor parallel), or whichever fits on fewer and takes less time."
@@ -73,6 +69,9 @@ def plan(
     as_json: opt.Json = False,
 ) -> None:
     """Time, memory, disk and cost of a calibration, before anything runs."""
+    from xcalib.plan import Job, load_machine, plan_calibration, read_shape
+    from xcalib.plan.steps import DENSITIES
+
     if measure:
         found = _measured(out, device, dtype)
         if model is None:
@@ -103,7 +102,9 @@ def plan(
         print_json(made.to_dict())
 
 
-def _measured(out: Path, device: str | None, dtype: str | None) -> Machine:
+def _measured(out: Path, device: str | None, dtype: str | None) -> "Machine":
+    from xcalib.plan import measure_machine
+
     if out.is_dir() or not out.parent.is_dir():
         raise PlanError(f"{out}: cannot be written: {'is a folder' if out.is_dir() else 'its folder does not exist'}")
     quiet_libraries()
@@ -117,14 +118,14 @@ def _measured(out: Path, device: str | None, dtype: str | None) -> Machine:
     return found
 
 
-def _render(made: CalibrationPlan) -> None:
+def _render(made: "CalibrationPlan") -> None:
     console.print(_heading(made), markup=False, soft_wrap=True)
     console.print(_table(made))
     for line in (*_totals(made), *(f"note: {note}" for note in made.notes), *_rates(made)):
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _heading(made: CalibrationPlan) -> str:
+def _heading(made: "CalibrationPlan") -> str:
     shape, job = made.shape, made.job
     tokens = ", ".join(f"{length:,}" for length in job.lengths)
     return (
@@ -133,7 +134,9 @@ def _heading(made: CalibrationPlan) -> str:
     )
 
 
-def _table(made: CalibrationPlan) -> Table:
+def _table(made: "CalibrationPlan") -> Table:
+    from xcalib.plan.advice import gigabytes
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("step", no_wrap=True)
     table.add_column("runs", overflow="fold")
@@ -163,7 +166,10 @@ def _count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def _totals(made: CalibrationPlan) -> list[str]:
+def _totals(made: "CalibrationPlan") -> list[str]:
+    from xcalib.plan.advice import gigabytes
+    from xcalib.plan.calibration import COLLECT
+
     low, high = made.seconds()
     gpus = made.placement.gpus
     lines = [
@@ -177,7 +183,7 @@ def _totals(made: CalibrationPlan) -> list[str]:
     return [*lines, f"disk: {disk}"]
 
 
-def _rates(made: CalibrationPlan) -> list[str]:
+def _rates(made: "CalibrationPlan") -> list[str]:
     margin = f"times are the prediction -/+ {made.machine.margin:.0%}; not in them: loading, reading data, the knapsack, answers"
     if not made.fits:
         margin = f"! more than the device has; {margin}"

@@ -4,7 +4,7 @@ import inspect
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -13,10 +13,11 @@ from typer.models import OptionInfo, ParameterInfo
 from xcalib._files import replace_file
 from xcalib.cli.output import console, print_json
 from xcalib.cli.workers import speaks
-from xcalib.data import parse_specs
 from xcalib.errors import RecipeError
-from xcalib.profile import Profile, make_profile
-from xcalib.recipe import Option, read_recipe, recipe_text
+
+if TYPE_CHECKING:
+    from xcalib.profile import Profile
+    from xcalib.recipe import Option
 
 __all__ = ["RecipeCommand", "RecipeIn", "RecipeOut", "options_of", "values_of", "with_recipe", "write_recipe"]
 
@@ -63,8 +64,10 @@ def _parameters(command: Callable[..., Any]) -> dict[str, tuple[str, Any, Parame
     return {long: parameter for long, parameter in found.items() if long not in _OURS}
 
 
-def options_of(command: Callable[..., Any]) -> dict[str, Option]:
+def options_of(command: Callable[..., Any]) -> "dict[str, Option]":
     """What a recipe of ``command`` may hold: its arguments and options, by long name with underscores."""
+    from xcalib.recipe import Option
+
     return {
         long: Option(
             kind=_as_text(kind),
@@ -92,6 +95,8 @@ def _plain(callback: Callable[[Any], Any] | None) -> Callable[[Any], object] | N
 
 
 def _no_function(specs: list[str]) -> None:
+    from xcalib.data import parse_specs
+
     for spec in parse_specs(specs):
         if spec.kind == "function":
             raise ValueError(
@@ -117,6 +122,8 @@ def _command(context: typer.Context) -> Callable[..., Any]:
 def _apply(context: typer.Context, file: Path | None) -> Path | None:
     """The recipe's values become the defaults of the command's options, which flags override."""
     if file is not None:
+        from xcalib.recipe import read_recipe
+
         command = _command(context)
         parameters = _parameters(command)
         values = read_recipe(file, options_of(command))
@@ -162,6 +169,8 @@ def write_recipe(context: typer.Context, file: Path) -> None:
         raise RecipeError(f"{file}: the folder {file.parent} does not exist")
     if file.exists():
         raise RecipeError(f"{file}: exists already; choose another file")
+    from xcalib.recipe import recipe_text
+
     values = values_of(context)
     replace_file(file, recipe_text(values, f"xcalib {context.command.name} --recipe THIS_FILE").encode())
     console.print(
@@ -173,11 +182,13 @@ def write_recipe(context: typer.Context, file: Path) -> None:
         print_json({"recipe": str(file)})
 
 
-def with_recipe(profile: Profile, values: Mapping[str, Any], *, from_curves: bool) -> Profile:
+def with_recipe(profile: "Profile", values: Mapping[str, Any], *, from_curves: bool) -> "Profile":
     """The profile with the recipe that made it: of ``values``, what decides the result.
 
     What was left to a default that the command fills in later, and what given curves decide, is taken from the profile.
     """
+    from xcalib.profile import make_profile
+
     kept = {key: value for key, value in values.items() if key not in NOT_KEPT}
     record = profile.calibration
     found: dict[str, Any] = {"model": profile.model.name, "data": list(record.sources)}

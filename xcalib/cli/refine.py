@@ -2,31 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.table import Table
 
+from xcalib import choices
 from xcalib.cli import options as opt
 from xcalib.cli.by_length import bin_name
+from xcalib.cli.completion import complete_model, complete_point, complete_profile
 from xcalib.cli.found import reporting_misses
 from xcalib.cli.output import console, print_json, progress, resumable
 from xcalib.cli.recipes import RecipeIn, RecipeOut, write_recipe
-from xcalib.collect import Curves, load_curve_sets
-from xcalib.collect.shares import stamped_units
-from xcalib.collect.skipping import kept_samples
-from xcalib.collect.units import Units
-from xcalib.data import SampleSet, pooled
 from xcalib.errors import CurvesError, DataError
-from xcalib.evaluation import Evaluation, evaluate_plans
-from xcalib.models.loading import LoadedModel
-from xcalib.profile import Profile, load_profile, make_profile, save_profile
-from xcalib.runtime import sparse_plan
-from xcalib.search import Refinement, refine_point
-from xcalib.search.evidence import with_evidence
-from xcalib.search.gate import enforce
-from xcalib.search.refine import DEFAULT_GROUPS, DEFAULT_RANGE, DEFAULT_TRIALS
+
+if TYPE_CHECKING:
+    from xcalib.collect import Curves
+    from xcalib.collect.units import Units
+    from xcalib.data import SampleSet
+    from xcalib.evaluation import Evaluation
+    from xcalib.models.loading import LoadedModel
+    from xcalib.profile import Profile
+    from xcalib.search import Refinement
 
 __all__ = ["refine", "refining"]
 
@@ -36,16 +34,25 @@ VALIDATION_SAMPLES = 8
 
 def refine(
     context: typer.Context,
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile that `xcalib search` made.")],
+    profile: Annotated[
+        Path,
+        typer.Argument(metavar="PROFILE", help="A profile that `xcalib search` made.", autocompletion=complete_profile),
+    ],
     curves: Annotated[
         Path | None, typer.Option(help="The curves that it was searched on; default those in the --work folder.")
     ] = None,
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help=opt.MODEL_HELP + " Default the profile's.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help=opt.MODEL_HELP + " Default the profile's.", autocompletion=complete_model),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Profile to write (.yaml or .json).")] = Path("refined.yaml"),
-    point: Annotated[str | None, typer.Option(help="Operating point to refine; default the profile's.")] = None,
+    point: Annotated[
+        str | None,
+        typer.Option(help="Operating point to refine; default the profile's.", autocompletion=complete_point),
+    ] = None,
     trials: Annotated[
         int, typer.Option("--trials", "-n", min=1, help="Finished trials in all, over all workers and earlier runs.")
-    ] = DEFAULT_TRIALS,
+    ] = choices.DEFAULT_TRIALS,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -64,10 +71,12 @@ def refine(
         int | None, typer.Option(min=64, help="Tokens of the longest sample; default the calibration's.")
     ] = None,
     min_length: opt.MinLength = None,
-    groups: Annotated[int, typer.Option(min=1, max=24, help="Groups of layers, one dimension each.")] = DEFAULT_GROUPS,
+    groups: Annotated[
+        int, typer.Option(min=1, max=24, help="Groups of layers, one dimension each.")
+    ] = choices.DEFAULT_GROUPS,
     price_range: Annotated[
         float, typer.Option("--range", min=0.01, max=10, help="Largest shift of the log price of a block.")
-    ] = DEFAULT_RANGE,
+    ] = choices.DEFAULT_RANGE,
     length_bin: Annotated[int, typer.Option("--bin", min=0, help="Length bin to refine, counted from 0.")] = 0,
     seed: opt.Seed = 0,
     work: Annotated[
@@ -98,6 +107,10 @@ def refine(
     if recipe_out is not None:
         write_recipe(context, recipe_out)
         return
+    from xcalib.data import pooled
+    from xcalib.profile import load_profile, save_profile
+    from xcalib.search import refine_point
+
     context.call_on_close(opt.take_output(out, overwrite).close)
     start = load_profile(profile)
     chosen = start.point(point)
@@ -145,8 +158,10 @@ def refine(
         print_json({"profile": str(out), **result.to_dict(), "heldout": found})
 
 
-def _curves_of(profile: Profile, length_bin: int, folder: Path) -> Curves:
+def _curves_of(profile: "Profile", length_bin: int, folder: Path) -> "Curves":
     """The curves of one length bin, from a folder with those of all bins or of this one alone."""
+    from xcalib.collect import load_curve_sets
+
     bins = len(profile.length_bins)
     if length_bin >= bins:
         raise typer.BadParameter(f"is {length_bin}, the profile has {bins} length bins, from 0", param_hint="--bin")
@@ -164,8 +179,10 @@ def _journal(folder: Path) -> str:
     return f"journal:{folder.absolute() / JOURNAL}"
 
 
-def _evidence_units(folder: Path, result: Refinement, heldout: SampleSet, out: Path) -> Units:
+def _evidence_units(folder: Path, result: "Refinement", heldout: "SampleSet", out: Path) -> "Units":
     """Where finished held-out samples are kept; each of several workers, who write files of their own, keeps its own."""
+    from xcalib.collect.shares import stamped_units
+
     identity = {
         "profile": result.profile.content_sha256,
         "point": result.point,
@@ -177,14 +194,20 @@ def _evidence_units(folder: Path, result: Refinement, heldout: SampleSet, out: P
 
 
 def _with_evidence(
-    loaded: LoadedModel,
-    start: Profile,
-    result: Refinement,
-    heldout: SampleSet | None,
+    loaded: "LoadedModel",
+    start: "Profile",
+    result: "Refinement",
+    heldout: "SampleSet | None",
     force: bool,
-    units: Units | None,
-) -> tuple[Profile, Evaluation | None]:
+    units: "Units | None",
+) -> "tuple[Profile, Evaluation | None]":
     """The refined point measured on held-out samples beside its start, and through the ship gate as after a search."""
+    from xcalib.evaluation import evaluate_plans
+    from xcalib.profile import make_profile
+    from xcalib.runtime import sparse_plan
+    from xcalib.search.evidence import with_evidence
+    from xcalib.search.gate import enforce
+
     profile = result.profile
     if heldout is None or not result.improved:
         return profile, None
@@ -200,9 +223,9 @@ def _with_evidence(
 
 
 def refining(
-    loaded: LoadedModel,
+    loaded: "LoadedModel",
     data: list[str] | None,
-    sets: Sequence[SampleSet],
+    sets: "Sequence[SampleSet]",
     used: tuple[str, ...],
     *,
     trials: int,
@@ -211,12 +234,15 @@ def refining(
     seed: int,
     lengths: tuple[int, ...],
     min_length: int | None,
-) -> tuple[Callable[[Profile, Sequence[Curves]], Profile], tuple[str, ...]]:
+) -> "tuple[Callable[[Profile, Sequence[Curves]], Profile], tuple[str, ...]]":
     """What ``search`` runs on the profile before its held-out evidence, and the documents that no held-out sample may use.
 
     The trials measure the calibration samples; validation samples come from other documents of the same data. Each length bin
     is refined by itself.
     """
+    from xcalib.collect.skipping import kept_samples
+    from xcalib.search import refine_point
+
     exclude = tuple(sorted(set(used).union(*(samples.documents for samples in sets))))
     validation = opt.read_sets(
         data, loaded, lengths, num_samples=VALIDATION_SAMPLES, split="calibration", exclude=exclude, seed=seed,
@@ -224,7 +250,7 @@ def refining(
     )  # fmt: skip
     where = _journal(folder)
 
-    def adjust(profile: Profile, measured: Sequence[Curves]) -> Profile:
+    def adjust(profile: "Profile", measured: "Sequence[Curves]") -> "Profile":
         for point in profile.points:
             for index, (curves, given, judges) in enumerate(zip(measured, sets, validation, strict=True)):
                 samples = kept_samples(given, curves)  # --skip-bad may have left some out
@@ -241,7 +267,7 @@ def refining(
     return adjust, (*exclude, *sorted({digest for judges in validation for digest in judges.documents}))
 
 
-def _report(result: Refinement, evaluation: Evaluation | None) -> None:
+def _report(result: "Refinement", evaluation: "Evaluation | None") -> None:
     rows = _rows(result, evaluation)
     if rows:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), caption_justify="left")
@@ -270,7 +296,7 @@ def _report(result: Refinement, evaluation: Evaluation | None) -> None:
 _NAMES = {"kl": "KL", "density": "blocks"}
 
 
-def _rows(result: Refinement, evaluation: Evaluation | None) -> list[list[str]]:
+def _rows(result: "Refinement", evaluation: "Evaluation | None") -> list[list[str]]:
     rows = []
     for label, found in (("refinement", result.refinement), ("validation", result.validation)):
         if found is not None:

@@ -3,34 +3,42 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xcalib import choices
 from xcalib.cli import options as opt
+from xcalib.cli.completion import complete_data, complete_model, complete_target
 from xcalib.cli.found import report_profile, reporting_misses
 from xcalib.cli.output import console, progress, resumable
 from xcalib.cli.recipes import RecipeIn, RecipeOut, values_of, with_recipe, write_recipe
 from xcalib.cli.refine import refining
 from xcalib.cli.workers import Workers, joined, speaks
-from xcalib.collect import Curves, load_curve_sets
-from xcalib.collect.ranks import Ranks
-from xcalib.collect.skipping import refuse_skipping
-from xcalib.data import SampleSet, parse_specs, pooled
 from xcalib.errors import ModelError
-from xcalib.models.structure import describe_model
-from xcalib.profile import save_profile
-from xcalib.search import DEFAULT_ROUNDS, Objective, SearchMethod, build_profile, parse_targets, require_measured
-from xcalib.search import search as search_model
-from xcalib.search.rounds import are_measured_on
+
+if TYPE_CHECKING:
+    from xcalib.collect import Curves
+    from xcalib.collect.ranks import Ranks
+    from xcalib.data import SampleSet
+    from xcalib.profile import Profile
 
 __all__ = ["search"]
+
+
+def _check_targets(texts: list[str]) -> None:
+    from xcalib.search import parse_targets
+
+    parse_targets(texts)
 
 
 def search(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help=opt.MODEL_HELP + " May be left out with --curves.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help=opt.MODEL_HELP + " May be left out with --curves.", autocompletion=complete_model
+        ),
     ] = None,
     out: opt.FileOut = Path("profile.yaml"),
     target: Annotated[
@@ -39,7 +47,8 @@ def search(
             "--target",
             "-t",
             metavar="[NAME:]KIND=VALUE",
-            callback=opt.checked(parse_targets),
+            callback=opt.checked(_check_targets),
+            autocompletion=complete_target,
             help="density=0.25, kl=0.01, drop=1% (task accuracy) or speedup=4. One unnamed target is the point 'balanced', with "
             "'fidelity' and 'fast' around it; several get the names given.",
         ),
@@ -49,7 +58,8 @@ def search(
         list[str] | None,
         typer.Option(
             metavar="SPEC",
-            callback=opt.checked(parse_specs),
+            callback=opt.checked(opt.check_specs),
+            autocompletion=complete_data,
             help="Held-out data; default: other documents of --data.",
         ),
     ] = None,
@@ -59,9 +69,9 @@ def search(
     lengths: opt.Lengths = None,
     min_length: opt.MinLength = None,
     seed: opt.Seed = 0,
-    method: Annotated[SearchMethod, typer.Option(help="paper is the published recurrence.")] = "knapsack",
+    method: Annotated[choices.SearchMethod, typer.Option(help="paper is the published recurrence.")] = "knapsack",
     objective: Annotated[
-        Objective,
+        choices.Objective,
         typer.Option(
             help="gain: layer gain x output error; tempered: that to the power of 0.75; plain: output error; fisher: "
             "Fisher-weighted output error; mass: attention mass left out."
@@ -73,7 +83,7 @@ def search(
     pattern: opt.Pattern = "rows",
     order: opt.Order = "recent",
     gain_samples: opt.GainSamples = 2,
-    rounds: opt.Rounds = DEFAULT_ROUNDS,
+    rounds: opt.Rounds = choices.DEFAULT_ROUNDS,
     curves: Annotated[Path | None, typer.Option(help="Use the curves of this folder instead of measuring.")] = None,
     refine_trials: Annotated[
         int,
@@ -112,7 +122,11 @@ def search(
     if recipe_out is not None:
         write_recipe(context, recipe_out)
         return
-    targets = parse_targets(target or [])
+    from xcalib.collect.skipping import refuse_skipping
+    from xcalib.data import pooled
+    from xcalib.profile import save_profile
+    from xcalib.search import search as search_model
+
     if speaks():
         opt.check_output(out, overwrite)
     limit = opt.memory_limit(max_memory, skip_bad, offload)
@@ -127,14 +141,11 @@ def search(
         with ranks.together():
             if ranks.leader:  # not the launcher of --workers, which would hold it against its own rank 0
                 context.call_on_close(opt.take_output(out, overwrite).close)
-            measured = load_curve_sets(curves) if curves else None
+            measured = _curves(curves, objective) if curves else None
             if measured is not None:
                 tokens = opt.lengths_of_curves(measured, tokens, given=bool(lengths or max_length))
-                for one in measured:  # before the model is loaded
-                    require_measured(one, objective)
         if model is None:
-            assert measured is not None  # checked above
-            profile = made(build_profile(measured, targets, **chosen))
+            profile = made(_from_curves(measured, target, chosen))
             save_profile(profile, out)
             report_profile(profile, out, as_json)
             _say_without_rounds(rounds, method, measured, ())  # at the end: what goes wrong gives one line, its own
@@ -163,10 +174,27 @@ def search(
                 save=lambda found: save_profile(made(found), out), max_memory=limit, skip_bad=skip_bad, offload=offload,
                 progress=progress, ranks=ranks, **chosen,
             )  # fmt: skip
-        if measured is not None:
-            _say_without_rounds(rounds, method, measured, samples)
+        _say_without_rounds(rounds, method, measured, samples)
         if ranks.leader:
             report_profile(made(profile), out, as_json)
+
+
+def _curves(folder: Path, objective: choices.Objective) -> "Sequence[Curves]":
+    """Measured curves that the objective can be read off: that is known before the model is loaded."""
+    from xcalib.collect import load_curve_sets
+    from xcalib.search import require_measured
+
+    measured = load_curve_sets(folder)
+    for one in measured:
+        require_measured(one, objective)
+    return measured
+
+
+def _from_curves(measured: "Sequence[Curves] | None", target: list[str] | None, chosen: dict[str, Any]) -> "Profile":
+    from xcalib.search import build_profile, parse_targets
+
+    assert measured is not None  # _check_model has seen to it
+    return build_profile(measured, parse_targets(target or []), **chosen)
 
 
 def _check_model(model: str | None, curves: Path | None, refine_trials: int) -> None:
@@ -177,7 +205,7 @@ def _check_model(model: str | None, curves: Path | None, refine_trials: int) -> 
         raise typer.BadParameter("needs MODEL: trials run it", param_hint="--refine")
 
 
-def _check_shared(model: str | None, refine_trials: int, ranks: Ranks) -> None:
+def _check_shared(model: str | None, refine_trials: int, ranks: "Ranks") -> None:
     """Refuse what ranks cannot share."""
     if ranks.size > 1 and model is None:
         raise typer.BadParameter("needs MODEL: without it there is nothing to share out", param_hint="--workers")
@@ -189,6 +217,8 @@ def _check_shared(model: str | None, refine_trials: int, ranks: Ranks) -> None:
 
 
 def _same_model(identity: dict[str, Any], loaded: Any) -> None:
+    from xcalib.models.structure import describe_model
+
     found = describe_model(loaded.model, loaded.name).config_sha256
     if found != identity.get("config_sha256"):
         raise ModelError(
@@ -197,10 +227,12 @@ def _same_model(identity: dict[str, Any], loaded: Any) -> None:
 
 
 def _say_without_rounds(
-    rounds: int, method: SearchMethod, measured: Sequence[Curves], sets: Sequence[SampleSet]
+    rounds: int, method: choices.SearchMethod, measured: "Sequence[Curves] | None", sets: "Sequence[SampleSet]"
 ) -> None:
     """Rounds are asked for by default: say so where they are left out."""
-    if not rounds or method != "knapsack" or (sets and are_measured_on(measured, sets)):
+    from xcalib.search.rounds import are_measured_on
+
+    if measured is None or not rounds or method != "knapsack" or (sets and are_measured_on(measured, sets)):
         return
     why = "these samples are not those of the curves" if sets else "they run MODEL"
     console.print(f"no rounds after the first search: {why}", markup=False, soft_wrap=True)

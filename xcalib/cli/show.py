@@ -1,31 +1,56 @@
-"""A profile in the terminal: what it is, what it costs, and its thresholds as a heatmap and a histogram."""
+"""``xcalib show``: a profile in the terminal, what it is, what it costs, and its thresholds."""
 
-from collections.abc import Sequence
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich import box
 from rich.console import Console
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from xcalib.cli import options as opt
 from xcalib.cli.by_length import bin_name, point_by_length
-from xcalib.cli.output import interval_labels
-from xcalib.profile import OperatingPoint, Profile
+from xcalib.cli.completion import complete_point, complete_profile
+from xcalib.cli.output import interval_labels, print_json, report_console
+from xcalib.cli.taus import print_heatmap, print_histogram, print_layers
 
-__all__ = ["render_profile", "unverified_points"]
+if TYPE_CHECKING:
+    from xcalib.profile import LengthBin, OperatingPoint, Profile
 
-# Cividis, which reads the same with every kind of colour blindness, at tau = 0, .25, .5, .75 and 1.
-_CIVIDIS = ((0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 175, 111), (254, 232, 56))
-_CELL = 3  # columns of one heatmap cell: two digits and a space
-_HISTOGRAM_BINS = 10
+__all__ = ["render_profile", "show", "unverified_points"]
 
 _VERIFIED = {None: "", True: "; verified", False: "; NOT verified"}
 
-Rows = Sequence[Sequence[float]]
+
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A profile.", autocompletion=complete_profile)],
+    point: Annotated[
+        str | None,
+        typer.Option(help="Operating point of the heatmap; default the profile's.", autocompletion=complete_point),
+    ] = None,
+    by_layer: Annotated[
+        bool,
+        typer.Option("--by-layer", help="A row for each layer instead: least, median and largest tau, dense heads."),
+    ] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Summary of a profile, a heatmap of its thresholds, layers x heads, and their histogram."""
+    from xcalib.profile import load_profile
+
+    profile = load_profile(file)
+    if as_json:
+        profile.point(point)
+        print_json(json.loads(profile.model_dump_json()))
+        return
+    render_profile(profile, report_console(), point, by_layer=by_layer)
 
 
-def render_profile(profile: Profile, console: Console, point: str | None = None) -> None:
+def render_profile(profile: "Profile", console: Console, point: str | None = None, *, by_layer: bool = False) -> None:
     """Print a summary of ``profile`` and the thresholds of one operating point (None: the default one).
+
+    They are drawn, or with ``by_layer`` listed in a table with a row for each layer.
 
     Raises ProfileError when there is no such point.
     """
@@ -47,12 +72,16 @@ def render_profile(profile: Profile, console: Console, point: str | None = None)
     for length_bin, rows in zip(profile.length_bins, shown.thresholds, strict=True):
         console.print()
         console.print(Text(f"{shown.name}: thresholds for {bin_name(length_bin)}", style="bold"))
-        _print_heatmap(console, rows)
-        console.print()
-        _print_histogram(console, rows, profile.dense_layers)
+        if by_layer:
+            print_layers(console, rows, profile.dense_layers)
+            console.print(_density(shown, length_bin, several=len(profile.length_bins) > 1))
+        else:
+            print_heatmap(console, rows)
+            console.print()
+            print_histogram(console, rows, profile.dense_layers)
 
 
-def _summary(profile: Profile) -> Table:
+def _summary(profile: "Profile") -> Table:
     model, method, calibration = profile.model, profile.method, profile.calibration
     commit = f" @ {model.commit[:12]}" if model.commit else ""
     lengths = f"{calibration.min_length:,} to {calibration.max_length:,} tokens"
@@ -79,13 +108,13 @@ def _summary(profile: Profile) -> Table:
     return grid
 
 
-def _lengths(profile: Profile) -> str:
+def _lengths(profile: "Profile") -> str:
     last = profile.length_bins[-1].max_length
     beyond = "" if last is None else f"; beyond {last - 1:,} as in the last, counted as extrapolated"
     return "; ".join(bin_name(length_bin) for length_bin in profile.length_bins) + beyond
 
 
-def _points_table(profile: Profile) -> Table:
+def _points_table(profile: "Profile") -> Table:
     caption = "* default; - not measured; KL in nats per token; gap: at most this far from the best"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left", padding=(0, 1))
     table.add_column("point", overflow="fold")
@@ -98,7 +127,7 @@ def _points_table(profile: Profile) -> Table:
     return table
 
 
-def _point_rows(point: OperatingPoint, *, is_default: bool) -> list[list[str]]:
+def _point_rows(point: "OperatingPoint", *, is_default: bool) -> list[list[str]]:
     predicted, heldout = point.predicted, point.heldout
     name = f"{point.name}*" if is_default else point.name
     gap = "-" if point.bound is None or point.bound.gap is None else f"{point.bound.gap:.2%}"
@@ -119,7 +148,21 @@ def _point_rows(point: OperatingPoint, *, is_default: bool) -> list[list[str]]:
     return rows
 
 
-def unverified_points(profile: Profile) -> str:
+def _density(point: "OperatingPoint", length_bin: "LengthBin", *, several: bool) -> Text:
+    """What is known of the density of one length bin; no profile holds it by layer."""
+    known = {"predicted": point.predicted, "held-out": point.heldout}
+    figures: dict[str, float] = {}
+    for name, figure in known.items():
+        parts = [figure] if figure is not None and not several else (figure and figure.by_length) or ()
+        ends = (length_bin.min_length, length_bin.max_length)
+        for part in parts:
+            if not several or (part.min_length, part.max_length) == ends:  # type: ignore[union-attr]
+                figures[name] = part.density
+    text = ", ".join(f"{name} {density:.3f}" for name, density in figures.items())
+    return Text(f"density of all layers together: {text or 'not known'}")
+
+
+def unverified_points(profile: "Profile") -> str:
     """What ``validate`` adds for points that held-out data do not back: empty when there are none."""
     names = [f"{point.name} ({point.target})" for point in profile.points if point.verified is False]
     return f"; NOT verified: {', '.join(names)}" if names else ""
@@ -127,56 +170,3 @@ def unverified_points(profile: Profile) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def _print_heatmap(console: Console, rows: Rows) -> None:
-    heads = len(rows[0])
-    label = max(len(str(len(rows) - 1)), 3) + 1
-    group = -(-heads // max(1, (console.width - label) // _CELL))
-    cells = -(-heads // group)
-    note = f"; a cell is the mean of {group} neighbouring heads" if group > 1 else ""
-    console.print(Text(f"rows: layers, columns: heads, cells: 100 x tau, ## is 1 (dense){note}", style="dim"))
-    # Every fourth column is numbered, with room for the digits of four cells.
-    header = "".join(f"{cell * group:<{4 * _CELL}}" for cell in range(0, cells, 4))
-    lines = [Text(" " * label + header.rstrip())]
-    for layer, row in enumerate(rows):
-        line = Text(f"{layer:>{label - 1}} ")
-        for start in range(0, heads, group):
-            part = row[start : start + group]
-            tau = sum(part) / len(part)
-            line.append(_cell(tau), style=_style(tau))
-        lines.append(line)
-    for line in lines:
-        console.print(line, no_wrap=True, overflow="crop")
-
-
-def _cell(tau: float) -> str:
-    return "## " if tau == 1 else f"{min(round(100 * tau), 99):02d} "
-
-
-def _style(tau: float) -> Style:
-    position = tau * (len(_CIVIDIS) - 1)
-    index = min(int(position), len(_CIVIDIS) - 2)
-    low, high, part = _CIVIDIS[index], _CIVIDIS[index + 1], position - index
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
-    ink = "white" if tau < 0.5 else "black"
-    return Style(color=ink, bgcolor=f"rgb({red},{green},{blue})")
-
-
-def _print_histogram(console: Console, rows: Rows, dense_layers: Sequence[int]) -> None:
-    dense = set(dense_layers)
-    taus = [tau for layer, row in enumerate(rows) if layer not in dense for tau in row]
-    left_out = f" (dense layers left out: {len(dense)})" if dense else ""
-    console.print(Text(f"tau of {len(taus):,} heads{left_out}", style="bold"))
-    # tau = 1 stands alone: those heads are exactly dense.
-    counts = [0] * (_HISTOGRAM_BINS + 1)
-    for tau in taus:
-        counts[int(tau * _HISTOGRAM_BINS)] += 1
-    digits = len(f"{max(counts):,}")
-    room = max(1, min(60, console.width - digits - 14))
-    bar = "#" if console.options.ascii_only else "█"
-    for index, count in enumerate(counts):
-        low = index / _HISTOGRAM_BINS
-        span = "    1   " if index == _HISTOGRAM_BINS else f"{low:.1f}-{low + 1 / _HISTOGRAM_BINS:.1f} "
-        length = -(-count * room // max(1, *counts))
-        console.print(Text(f"  {span:>9} {count:>{digits},} {bar * length}"), no_wrap=True, overflow="crop")

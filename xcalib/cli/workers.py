@@ -10,15 +10,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from xcalib._lock import RANK_VARIABLES
 from xcalib.cli.output import console
-from xcalib.collect.chunks import memory_error
-from xcalib.collect.ranks import LAUNCHED, Place, Ranks, describe
-from xcalib.collect.watch import KEPT, LOST
 from xcalib.errors import RankError, XcalibError
+
+if TYPE_CHECKING:
+    from xcalib.collect.ranks import Place, Ranks
 
 __all__ = ["Workers", "joined", "launch", "refuse_ranks", "speaks"]
 
@@ -37,10 +38,18 @@ Workers = Annotated[
 ]
 
 
+def _place() -> "Place | None":
+    if any(name not in os.environ for name in RANK_VARIABLES):
+        return None  # without importing torch: most commands are one process
+    from xcalib.collect.ranks import Place
+
+    return Place.of_environment()
+
+
 def speaks() -> bool:
     """Whether this process prints: of several ranks, rank 0 alone does."""
     try:
-        place = Place.of_environment()
+        place = _place()
     except RankError:  # to be said
         return True
     return place is None or place.rank == 0
@@ -48,18 +57,21 @@ def speaks() -> bool:
 
 def refuse_ranks(command: str | None) -> None:
     """Refuse a command that would do the same work, and write the same files, once for every rank."""
-    if command not in SHARED and Place.of_environment() is not None:
+    if command not in SHARED and _place() is not None:
         raise typer.BadParameter(f"{command} runs in one process: start it without torchrun", param_hint="torchrun")
 
 
 @contextmanager
-def joined(workers: int | None) -> Iterator[Ranks]:
+def joined(workers: int | None) -> "Iterator[Ranks]":
     """This process as a rank, if it is one; all ranks end with one exit code, and rank 0 alone prints.
 
     Args:
         workers: of ``--workers``; above 1 this process starts that many, waits for them, and does not return.
     """
-    place = Place.of_environment()
+    from xcalib.collect.chunks import memory_error
+    from xcalib.collect.ranks import LAUNCHED, describe
+
+    place = _place()
     if place is None and (workers or 1) > 1:
         launch(workers or 1)
     if place is not None and workers and LAUNCHED not in os.environ:
@@ -81,7 +93,9 @@ def joined(workers: int | None) -> Iterator[Ranks]:
             raise
 
 
-def _open() -> Ranks:
+def _open() -> "Ranks":
+    from xcalib.collect.ranks import Ranks
+
     try:
         return Ranks.open(says=_say)
     except RankError as error:
@@ -139,6 +153,8 @@ def launch(workers: int) -> NoReturn:
 
 
 def _environment(rank: int, workers: int, port: int) -> dict[str, str]:
+    from xcalib.collect.ranks import LAUNCHED
+
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), LAUNCHED: "1"}
     quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL")}  # what it reports, ranks say better
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
@@ -152,6 +168,8 @@ def _cores() -> int:
 
 def _code_for(failures: dict[int, Any]) -> int:
     """The exit code of all; a line about the rank that died, if one did."""
+    from xcalib.collect.watch import KEPT, LOST
+
     # in the order in which they were seen; ranks that another one's death ended are not its cause
     ended = [(rank, int(failure.exitcode)) for rank, failure in failures.items()]
     causes = [(rank, code) for rank, code in ended if code != LOST] or ended

@@ -4,18 +4,18 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from safetensors.numpy import save
 
 from xcalib._files import replace_file
+from xcalib.choices import Measure
 from xcalib.errors import CurvesError
 from xcalib.kernels.api import Order, Pattern
 
 __all__ = ["DEFAULT_GRID", "CollectSettings", "Curves", "Measure", "save_curves", "write_atomically"]
 
-Measure = Literal["fisher", "mass"]  # what is measured only when asked for; each is an array of the curves
 
 # Finer towards 1, where heads with spread-out attention need it.
 DEFAULT_GRID = (

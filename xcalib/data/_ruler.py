@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from xcalib._suggest import nearest
 from xcalib.data._documents import Document
 from xcalib.data._encode import Encoder
 from xcalib.data._haystack import Haystack
@@ -60,7 +61,8 @@ def check_tasks(spec: Spec) -> tuple[str, ...]:
     tasks: list[str] = []
     for name in [name.strip() for name in spec.argument.split(",")] if spec.argument else TASKS:
         if name != "all" and name not in _MAKERS:
-            raise DataError(f"{spec.name}: unknown task '{name}'; allowed: {', '.join(_MAKERS)}, all")
+            hint = nearest(name, (*_MAKERS, "all")) or ";"
+            raise DataError(f"{spec.name}: unknown task '{name}'{hint} allowed: {', '.join(_MAKERS)}, all")
         tasks += RULER_TASKS if name == "all" else [name]
     return tuple(tasks)
 

@@ -9,6 +9,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+from xcalib._suggest import nearest
 from xcalib.data._documents import Document, Drops, in_memory
 from xcalib.data._sample import DIGEST_CHARS
 from xcalib.data._utf8 import NotTextError, TextChecker
@@ -55,7 +56,10 @@ def builtin_documents(argument: str) -> list[Document]:
     wanted = [name.strip() for name in argument.split(",")] if argument else list(categories())
     for name in wanted:
         if name not in categories():
-            raise DataError(f"builtin: unknown category '{name}'; allowed: {', '.join(categories())}")
+            known = categories()
+            raise DataError(
+                f"builtin: unknown category '{name}'{nearest(name, known) or ';'} allowed: {', '.join(known)}"
+            )
     return [document for document in _corpus() if document.category in wanted]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
 
+from xcalib._suggest import nearest
 from xcalib.errors import DataError
 
 __all__ = ["ALLOWED", "Spec", "Split", "allocate", "interleave", "parse_specs"]
@@ -18,6 +19,7 @@ ALLOWED = (
     "builtin[:CATEGORY,...], ruler[:TASK,... or :all], text:PATH, jsonl:PATH[:FIELD], hf:NAME[:CONFIG][:SPLIT] "
     "or package.module:function, each with an optional weight such as @2"
 )
+KINDS = ("builtin", "ruler", "text", "jsonl", "hf")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -59,7 +61,8 @@ def _parse(text: str) -> Spec:
         return Spec(name, kind, argument, weight)
     if kind not in {"builtin", "ruler", "text", "jsonl", "hf"} and _FUNCTION.fullmatch(name):
         return Spec(name, "function", name, weight)
-    raise DataError(f"unknown data spec '{text}'; allowed: {ALLOWED}")
+    hint = nearest(kind, KINDS)
+    raise DataError(f"unknown data spec '{text}'{hint or ';'} allowed: {ALLOWED}")
 
 
 def _split_weight(text: str) -> tuple[str, float]:

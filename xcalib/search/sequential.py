@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from xcalib.choices import DEFAULT_ROUNDS
 from xcalib.collect.chunks import HeadChunks
 from xcalib.collect.gains import GainMeter
 from xcalib.collect.shares import Advance, Arrays, Shares
@@ -35,7 +36,6 @@ __all__ = ["DEFAULT_ROUNDS", "Sequential"]
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-DEFAULT_ROUNDS = 2
 # Curvature is taken this much larger than measured, still larger after a step that was not taken, and less where no head would
 # move. With 1 the first step is too long for SmolLM2, with 8 hardly a head moves (docs/objectives.md).
 DAMPING, RAISED, EASED = 2.0, 2.5, 0.5

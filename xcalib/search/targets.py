@@ -4,13 +4,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from xcalib.choices import TargetKind
 from xcalib.errors import TargetError
 
 __all__ = ["DEFAULT_TARGETS", "Target", "parse_target", "parse_targets"]
 
-Kind = Literal["density", "kl", "drop", "speedup"]
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}\Z")
 _ALLOWED = {
     "density": "a number above 0 and at most 1, as density=0.25",
@@ -32,7 +32,7 @@ class Target:
     """
 
     name: str
-    kind: Kind
+    kind: TargetKind
     value: float
     offered: bool = False
 
@@ -72,7 +72,7 @@ def parse_target(text: str, name: str = "balanced") -> Target:
         raise TargetError(
             f"target name {name!r}: expected lower-case letters, digits, '-' and '_', as fast:density=0.2"
         )
-    if not equals or kind not in get_args(Kind):
+    if not equals or kind not in get_args(TargetKind):
         raise TargetError(f"target {text!r}: expected density=, kl=, drop= or speedup= and a number, as density=0.25")
     percent = number.endswith("%")
     try:
@@ -82,7 +82,8 @@ def parse_target(text: str, name: str = "balanced") -> Target:
     upper = 1.0 if kind in ("density", "drop") else math.inf
     lower_ok = value >= (1 if kind == "speedup" else 0) and (kind in ("drop", "speedup") or value > 0)
     if not (math.isfinite(value) and lower_ok and value <= upper):
-        raise TargetError(f"target {text!r}: expected {_ALLOWED[kind]}")
+        share = f"; {value:g} % is {kind}={value / 100:g}" if upper == 1 and 1 < value <= 100 else ""
+        raise TargetError(f"target {text!r}: expected {_ALLOWED[kind]}{share}")
     return Target(name, kind, value)  # type: ignore[arg-type]
 
 
