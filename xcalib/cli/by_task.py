@@ -36,8 +36,10 @@ def task_table(evaluation: "Evaluation") -> Table:
             table.add_row(task, str(result.samples), *map(_cell, result.accuracy))
     counted = "beside each task its samples; " if by_plan else ""
     if any(result.samples > 1 for result in evaluation.tasks):
-        table.caption = f"{counted}below each accuracy its {evaluation.confidence:.0%} interval in %, "
+        table.caption = (
+            f"{counted}below each accuracy its {evaluation.confidence:.0%} interval in %, "
             "bootstrapped over the task's samples"
+        )
     else:
         table.caption = f"{counted}no interval from 1 sample of a task"
     return table
