@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 
-from xcalib import choices
+from xcalib import choices, profiles
 from xcalib.ablate.paper import PAPER
 from xcalib.cli.completion import installed, joined_words
 from xcalib.models.loading import DTYPES
@@ -47,7 +47,9 @@ def offered(folder: Path, *words: str, shell: str = "bash") -> list[str]:
     ("words", "expected"),
     [
         (("sh",), ["show"]),
-        (("show", ""), ["profile.yaml", "models/", "nothing/"]),
+        (("show", ""), [*profiles.names(), "profile.yaml", "models/", "nothing/"]),
+        (("show", "smol"), ["smollm2-135m"]),
+        (("show", "smollm2-135m", "--point", "b"), ["balanced"]),
         (("show", "profile.yaml", "--point", ""), ["balanced"]),
         (("show", "profile.yaml", "--point", "=", "ba"), ["balanced"]),
         (("show", "notes.txt", "--point", ""), []),

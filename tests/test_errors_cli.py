@@ -59,7 +59,7 @@ def case(arguments: tuple[str, ...], *said: str, name: str) -> object:
         ),
         case(("collect", "tiny"), "Missing option '--out'", "(see xcalib collect --help)", name="no --out"),
         case(("show",), "Missing argument 'FILE'", "(see xcalib show --help)", name="no FILE"),
-        case(("evaluate", "tiny"), "give --profile FILE, --uniform TAU, or both", name="nothing to evaluate"),
+        case(("evaluate", "tiny"), "give --profile FILE, --uniform TAU, --published TAU", name="nothing to evaluate"),
         case(("search", "tiny", "--stride", "12", *OUT), "12 is not one of 4, 8, 16, 32, 64", name="stride"),
         case(("search", "tiny", "--objective", "gains", *OUT), "gains", "tempered", name="objective"),
         # numbers
