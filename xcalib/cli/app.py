@@ -21,6 +21,7 @@ from xcalib.cli.output import by_layer_table, console, evaluation_table, print_j
 from xcalib.cli.plan import plan
 from xcalib.cli.recipes import RecipeCommand, RecipeIn, RecipeOut, write_recipe
 from xcalib.cli.refine import refine
+from xcalib.cli.report import report
 from xcalib.cli.search import search
 from xcalib.cli.show import render_profile, unverified_points
 from xcalib.cli.workers import Workers, joined, refuse_ranks
@@ -53,7 +54,9 @@ app.command(
     cls=RecipeCommand,
     epilog="Example: `xcalib refine profile.yaml --curves xcalib-out/demo/curves --trials 40 --out refined.yaml`",
 )(refine)
-
+app.command(
+    epilog="Example: `xcalib report profile.yaml --curves xcalib-out/demo/curves --out report.html --card CARD.md`"
+)(report)
 app.command(
     cls=RecipeCommand, epilog="Example: `xcalib search demo --data builtin --target density=0.25 --out demo.yaml`"
 )(search)

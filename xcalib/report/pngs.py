@@ -1,0 +1,59 @@
+"""The charts as PNG files, through vl_convert: no browser."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xcalib._files import replace_file
+from xcalib.errors import ReportError
+from xcalib.report.heads import error_range, head_rows
+from xcalib.report.summary import Report
+from xcalib.report.theme import in_light
+
+__all__ = ["write_pngs"]
+
+SCALE = 2.0
+WIDE, NARROW = 860, 340
+
+
+def write_pngs(report: Report, folder: Path) -> list[Path]:
+    """One file for each chart that has data, white behind, twice the pixels of its size; the default point and first bin.
+
+    Raises:
+        ReportError: the folder cannot be written.
+    """
+    import vl_convert
+
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, spec, data in _charts(report):
+            filled = in_light({**spec, "background": "white", "padding": 12, "datasets": data})
+            path = folder / f"{name}.png"
+            replace_file(path, vl_convert.vegalite_to_png(filled, scale=SCALE))
+            written.append(path)
+    except OSError as error:
+        raise ReportError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return written
+
+
+def _charts(report: Report) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    from xcalib.report import charts
+
+    inputs = report.inputs
+    layers, heads = inputs.profile.model.layers, inputs.profile.model.query_heads
+    point = next(i for i, p in enumerate(inputs.profile.points) if p.name == inputs.profile.default_point)
+    rows = head_rows(inputs, point, 0)
+    width = max(NARROW, min(WIDE, heads * 12))
+    domains = {"tau": (0.0, 1.0), "density": (0.0, 1.0), "error": error_range(inputs)}
+    for value, domain in domains.items():
+        if domain is None or rows[0][value] is None:
+            continue
+        yield value, charts.heatmap(value, layers, heads, domain, width), {"heads": rows}
+    if report.lines or report.marks:
+        yield "pareto", charts.front_chart(report.groups, WIDE), {"lines": report.line_rows, "marks": report.mark_rows}
+    if report.held:
+        yield "predicted-and-held-out", charts.held_chart(len(report.held), WIDE), {"held": report.held}
+    if report.lengths:
+        for value, name in (("density", "density-by-length"), ("kl", "kl-by-length")):
+            yield name, charts.length_chart(value, report.length_names, WIDE), {"lengths": report.lengths}
