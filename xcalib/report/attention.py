@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from xcalib.data import Sample
-from xcalib.kernels import estimate_blocks, select_blocks, visible_blocks
+from xcalib.kernels import block_density, estimate_blocks, select_blocks
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.logits import LogitHead
 from xcalib.models.placement import input_device
@@ -18,13 +18,13 @@ from xcalib.runtime import check_fits, sparse_plan
 
 __all__ = ["AttentionPicture", "attention_pictures"]
 
+Place = tuple[int, int]  # layer and head
+
 PICTURES = 6
 MOST_BLOCKS = 160  # pixels a side; longer samples are pooled
 LEVELS = 24
 FAINTEST = 1e-4  # probability of a block that is drawn as the darkest
-# Cividis at 0, 1/8, ... 1.
-_CIVIDIS = ((0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115), (138, 134, 120), (165, 156, 116))
-_CIVIDIS += ((195, 179, 105), (254, 232, 56))  # fmt: skip
+_CIVIDIS = ((0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 175, 111), (254, 232, 56))  # at 0, .25, .5, .75 and 1
 _CLEAR: Colour = (0, 0, 0, 0)
 _KEPT: Colour = (0, 114, 178, 255)
 _LEFT_OUT: Colour = (128, 128, 128, 56)
@@ -82,83 +82,73 @@ def attention_pictures(
     length_bin = plan.bin_index(len(sample.tokens))
     if length_bin is None:
         return ()
-    density: dict[tuple[int, int], float] = {}
-
-    def look(call: AttentionCall, _scores: torch.Tensor, mask: torch.Tensor, shares: torch.Tensor) -> None:
-        density.update({(call.layer, head): float(share) for head, share in enumerate(shares)})
-
-    _run(model, plan, length_bin, sample, look)
+    density: dict[Place, float] = {}
+    for seen in _run(model, plan, length_bin, sample, set()):
+        density |= {(seen.layer, head): share for head, share in enumerate(seen.shares)}
     ranked = sorted(density, key=lambda place: (density[place], place))
-    if not ranked:
-        return ()
     ranks = sorted({round(rank) for rank in np.linspace(0, len(ranked) - 1, min(count, len(ranked)))})
-    chosen = {ranked[rank]: _place(rank, len(ranked)) for rank in ranks}
-    drawn: dict[tuple[int, int], AttentionPicture] = {}
+    chosen = [ranked[rank] for rank in ranks]
+    seen_again = {seen.layer: seen for seen in _run(model, plan, length_bin, sample, set(chosen))}
+    return tuple(
+        _picture(
+            place, _place(rank, len(ranked)), float(plan.thresholds[length_bin, *place]), seen_again[place[0]], sample
+        )
+        for rank, place in zip(ranks, chosen, strict=True)
+    )
 
-    def draw(call: AttentionCall, scores: torch.Tensor, mask: torch.Tensor, shares: torch.Tensor) -> None:
-        for layer, head in chosen:
-            if layer == call.layer:
-                blocks = (scores[head].float().cpu().numpy(), mask[head].cpu().numpy())
-                tau = float(plan.thresholds[length_bin, layer, head])
-                drawn[layer, head] = _picture(
-                    layer, head, tau, float(shares[head]), chosen[layer, head], blocks, sample
-                )
 
-    _run(model, plan, length_bin, sample, draw)
-    return tuple(drawn[place] for place in chosen)
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What one sparse layer saw: shares of visible blocks kept by each head, and of wanted heads scores and masks."""
+
+    layer: int
+    shares: list[float]
+    blocks: dict[int, tuple[np.ndarray, np.ndarray]]  # fp32 and bool (blocks, blocks)
 
 
 def _place(rank: int, heads: int) -> str:
     if rank in (0, heads - 1):
         return "lowest density" if rank == 0 else "highest density"
-    return f"lower than {100 * (heads - 1 - rank) / (heads - 1):.0f} % of the heads"
+    return f"denser than {100 * rank / (heads - 1):.0f}\u202f% of the heads"
 
 
-def _run(model: Any, plan: SparsePlan, length_bin: int, sample: Sample, see: Any) -> None:
-    """One dense prefill; ``see`` gets scores and masks ``(heads, blocks, blocks)`` and densities ``(heads,)`` of sparse layers."""
-    visible = None
+def _run(model: Any, plan: SparsePlan, length_bin: int, sample: Sample, wanted: set[Place]) -> list[_Seen]:
+    """One dense prefill, looked at layer by layer; layers that cannot be sparse are left out."""
+    found: list[_Seen] = []
 
     def compute(call: AttentionCall) -> None:
-        nonlocal visible
-        length = call.key.shape[2]
-        if call.dense_reason is not None or call.layer in plan.dense_layers or call.query.shape[2] != length:
-            return
+        length, heads = call.key.shape[2], call.query.shape[1]
         taus = plan.thresholds[length_bin, call.layer].to(call.query.device)
-        if call.query.shape[1] != len(taus):
+        if call.dense_reason is not None or call.layer in plan.dense_layers or heads != len(taus):
             return
-        size = {"q_len": length, "k_len": length, "block_size": plan.block_size}
         scores = estimate_blocks(
             call.query, call.key, stride=plan.stride, block_size=plan.block_size, scale=call.scale, pattern=plan.pattern
         )
-        mask = select_blocks(scores, taus, order=plan.order, **size)
-        if visible is None:
-            visible = visible_blocks(length, length, block_size=plan.block_size).to(mask.device)
-        shares = (mask & visible).sum((-2, -1))[0] / visible.sum()
-        see(call, scores[0], mask[0], shares)
+        mask = select_blocks(scores, taus, q_len=length, k_len=length, block_size=plan.block_size, order=plan.order)
+        shares = block_density(mask, q_len=length, k_len=length, block_size=plan.block_size)[0]
+        blocks = {
+            head: (scores[0, head].float().cpu().numpy(), mask[0, head].cpu().numpy())
+            for layer, head in wanted
+            if layer == call.layer
+        }
+        found.append(_Seen(call.layer, shares.tolist(), blocks))
 
     with torch.inference_mode(), patch_attention(model, compute):
-        tokens = torch.tensor(sample.tokens, device=input_device(model))
-        LogitHead(model).prefill(tokens, use_cache=False)
+        LogitHead(model).prefill(torch.tensor(sample.tokens, device=input_device(model)), use_cache=False)
+    return found
 
 
-def _picture(
-    layer: int,
-    head: int,
-    tau: float,
-    density: float,
-    place: str,
-    blocks: tuple[np.ndarray, np.ndarray],
-    sample: Sample,
-) -> AttentionPicture:
-    scores, mask = blocks
+def _picture(place: Place, rank: str, tau: float, seen: _Seen, sample: Sample) -> AttentionPicture:
+    layer, head = place
+    scores, mask = seen.blocks[head]
     side = len(scores)
     visible = np.tril(np.ones((side, side), dtype=bool))
     return AttentionPicture(
         layer=layer,
         head=head,
         tau=tau,
-        density=density,
-        place=place,
+        density=seen.shares[head],
+        place=rank,
         blocks=side,
         tokens=len(sample.tokens),
         source=sample.source,

@@ -31,6 +31,7 @@ def render_card(report: Report, profile_name: str) -> str:
         profile=profile,
         profile_name=profile_name,
         # The name is a Python string in an example: only what cannot end it.
+        from_pretrained=profile.model.name != "demo" and not profile.model.name.endswith(".gguf"),
         quoted=repr(profile.model.name),
         point_quoted=repr(profile.default_point),
         file_quoted=repr(profile_name),

@@ -12,10 +12,12 @@ __all__ = ["curve_chart", "front_chart", "heatmap", "held_chart", "length_chart"
 Spec = dict[str, Any]
 DIAMOND, CIRCLE, TRIANGLE = "diamond", "circle", "triangle-up"
 _TITLES = {"tau": "tau", "density": "density", "error": "output error"}
+# Of a log axis: the powers of ten in full, what lies between faint.
+_POWER = "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-6"
 _FORMATS = {"tau": ".2f", "density": ".0%", "error": ".0e"}
 
 
-def _finished(chart: alt.LayerChart, height: int, description: str, width: int | None = None) -> Spec:
+def _finished(chart: alt.LayerChart | alt.FacetChart, height: int, description: str, width: int | None = None) -> Spec:
     sized = chart.properties(width=width or "container", height=height, description=description)
     spec = sized.configure_view(stroke=None).to_dict()
     spec.pop("$schema", None)
@@ -32,12 +34,10 @@ def heatmap(value: str, layers: int, heads: int, domain: tuple[float, float], wi
         x=alt.X("head:O", title="head", axis=_ordinal(heads, 12)),
         y=alt.Y("layer:O", title="layer", axis=_ordinal(layers, 16)),
     )
-    scale = alt.Scale(
-        scheme="cividis", domain=list(domain), type="log" if value == "error" else "linear", clamp=True
-    )
+    scale = alt.Scale(scheme="cividis", domain=list(domain), type="log" if value == "error" else "linear", clamp=True)
     legend = alt.Legend(
         orient="top", direction="horizontal", gradientLength=170, gradientThickness=9, title=None, format=_FORMATS[value],
-        tickCount=3,
+        tickCount=4 if value == "error" else 3,
     )  # fmt: skip
     tooltip = [
         alt.Tooltip("layer:O", title="layer"),
@@ -54,7 +54,9 @@ def heatmap(value: str, layers: int, heads: int, domain: tuple[float, float], wi
     chosen = base.transform_filter("datum.layer == layer && datum.head == head").mark_rect(
         fillOpacity=0, stroke="var(--pick)", strokeWidth=2.5, aria=False, tooltip=None
     )
-    chart = alt.layer(cells, dense, chosen).add_params(alt.param(name="layer", value=-1), alt.param(name="head", value=-1))
+    chart = alt.layer(cells, dense, chosen).add_params(
+        alt.param(name="layer", value=-1), alt.param(name="head", value=-1)
+    )
     step = max(4.0, min(16.0, 480 / layers))
     return _finished(chart, round(layers * step), f"Heatmap of {_TITLES[value]} by layer and head", width)
 
@@ -68,19 +70,20 @@ def _ordinal(count: int, most: int) -> alt.Axis:
 
 def front_chart(groups: list[Group], width: int | None = None) -> Spec:
     """Density against KL: data ``lines`` (predicted) and ``marks`` (predicted hollow, measured filled, with intervals)."""
-    axis = alt.Axis(title="KL from dense, nats per token (log)", format="~g", tickCount=6)
-    x = alt.X("density:Q", title="density: blocks computed over visible blocks", axis=alt.Axis(format=".0%", tickCount=8))
+    axis = _log_axis("KL from dense, nats per token (log)")
+    x = alt.X(
+        "density:Q", title="density: blocks computed over visible blocks", axis=alt.Axis(format=".0%", tickCount=8)
+    )
     y = alt.Y("kl:Q", scale=alt.Scale(type="log"), axis=axis)
     legend = None if width is None else alt.Legend(orient="bottom", title=None, columns=1, labelLimit=700)
     marks = alt.Chart(alt.NamedData(name="marks"))
     whiskers = marks.transform_filter("datum.low > 0").mark_rule(strokeWidth=1.5, aria=False)
     hollow = marks.transform_filter("datum.kind == 'predicted'").mark_point(
-        size=110, strokeWidth=2, fill="var(--page)", aria=False
+        size=230, strokeWidth=1.8, opacity=1, fill="var(--page)", aria=False
     )
-    filled = marks.transform_filter("datum.kind == 'measured'").mark_point(size=110, filled=True, opacity=1, aria=False)
-    label = marks.transform_filter("datum.kind == 'measured' || datum.alone").mark_text(
-        align="left", dx=9, dy=-9, fontWeight=600, aria=False
-    )
+    filled = marks.transform_filter("datum.kind == 'measured'").mark_point(size=100, filled=True, opacity=1, aria=False)
+    named = marks.transform_filter("datum.kind == 'measured' || datum.alone").encode(x=x, y=y, text="name:N")
+    label: dict[str, Any] = {"align": "left", "dx": 12, "dy": -10, "fontWeight": 600, "aria": False}
     scale = alt.Scale(domain=[group.name for group in groups], range=[group.shape for group in groups])
     looks = {"x": x, "y": y, "shape": alt.Shape("group:N", scale=scale, legend=legend), "tooltip": _mark_tooltip()}
     color = _front_color(groups, "group", legend)
@@ -89,7 +92,8 @@ def front_chart(groups: list[Group], width: int | None = None) -> Spec:
         whiskers.encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=_front_color(groups, "group", None)),
         hollow.encode(color=color, **looks),
         filled.encode(color=color, **looks),
-        label.encode(x=x, y=y, text="name:N"),
+        named.mark_text(**label, stroke="var(--page)", strokeWidth=4, strokeJoin="round", opacity=0.9),
+        named.mark_text(**label),
     )
     return _finished(chart, 420, "Density against KL on a log scale", width)
 
@@ -98,7 +102,10 @@ def _front_lines(x: alt.X, y: alt.Y, groups: list[Group], legend: alt.Legend | N
     lines = alt.Chart(alt.NamedData(name="lines"))
     dashes = alt.Scale(domain=list(LINE_NAMES.values()), range=[[1, 0], [7, 4], [2, 3]])
     drawn = lines.mark_line(strokeWidth=2, interpolate="monotone", clip=True, aria=False).encode(
-        x=x, y=y, color=_front_color(groups, "label", None), strokeDash=alt.StrokeDash("label:N", scale=dashes, legend=legend)
+        x=x,
+        y=y,
+        color=_front_color(groups, "label", None),
+        strokeDash=alt.StrokeDash("label:N", scale=dashes, legend=legend),
     )
     near = lines.mark_point(size=90, opacity=0, aria=False).encode(x=x, y=y, tooltip=_line_tooltip())
     return [drawn, near]
@@ -109,6 +116,11 @@ def _front_color(groups: list[Group], field: str, legend: alt.Legend | None) -> 
     colours = dict(zip(LINE_NAMES.values(), SERIES, strict=False)) | {g.name: f"var(--{g.colour})" for g in groups}
     shown = legend if legend is None else alt.Legend(**{**legend.to_dict(), "values": [group.name for group in groups]})
     return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=shown)
+
+
+def _log_axis(title: str, form: str = "~g") -> alt.Axis:
+    faint = alt.condition(_POWER, alt.value(1), alt.value(0.4))
+    return alt.Axis(title=title, format=form, tickCount=6, gridOpacity=faint, ticks=False)
 
 
 def _mark_tooltip() -> list[alt.Tooltip]:
@@ -135,9 +147,9 @@ def _line_tooltip() -> list[alt.Tooltip]:
 def curve_chart(value: str, width: int | None = None) -> Spec:
     """One head's ``density`` or ``error`` by tau: data ``curve``, the middle of all heads ``spread``, chosen taus ``chosen``."""
     is_error = value == "error"
-    axis = alt.Axis(format="~g" if is_error else ".0%", tickCount=5)
-    scale = alt.Scale(type="log") if is_error else alt.Scale(domain=[0, 1])
     title = "output error (log)" if is_error else "density"
+    axis = _log_axis(title, ".0e") if is_error else alt.Axis(format=".0%", tickCount=5)
+    scale = alt.Scale(type="log") if is_error else alt.Scale(domain=[0, 1])
     x = alt.X("tau:Q", title="tau", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=6, format="~g"))
     positive = "isValid(datum.y) && datum.y > 0" if is_error else "isValid(datum.y)"
     y = alt.Y("y:Q", title=title, scale=scale, axis=axis)
@@ -159,7 +171,26 @@ def curve_chart(value: str, width: int | None = None) -> Spec:
         shape=DIAMOND, filled=True, size=110, color="var(--pick)", aria=False
     )
     ends = points.encode(x=x, y=y, opacity=alt.condition("datum.shown", alt.value(1), alt.value(0.35)), tooltip=said)
-    return _finished(alt.layer(around, drawn, dots, rules, ends), 250, f"{title} of one head by tau", width)
+    said_by: dict[str, Any] = {
+        "angle": 270,
+        "align": "right",
+        "dx": -4,
+        "fontSize": 11,
+        "color": "var(--pick)",
+        "aria": False,
+    }
+    texts: dict[str, Any] = {
+        "x": x,
+        "y": alt.value(0),
+        "text": "name:N",
+        "opacity": alt.condition("datum.shown", alt.value(1), alt.value(0.75)),
+    }
+    left = chosen.transform_filter("datum.tau >= 0.06").mark_text(**said_by, baseline="bottom", dy=-3)
+    right = chosen.transform_filter("datum.tau < 0.06").mark_text(
+        **said_by, baseline="top", dy=3
+    )  # the axis is on its left
+    names = [part.encode(**texts) for part in (left, right)]
+    return _finished(alt.layer(around, drawn, dots, rules, ends, *names), 250, f"{title} of one head by tau", width)
 
 
 def length_chart(value: str, names: list[str], width: int | None = None) -> Spec:
@@ -170,7 +201,7 @@ def length_chart(value: str, names: list[str], width: int | None = None) -> Spec
         f"{value}:Q",
         title=title,
         scale=alt.Scale(type="log") if is_kl else alt.Scale(zero=True),
-        axis=alt.Axis(format="~g" if is_kl else ".0%", tickCount=5),
+        axis=_log_axis(title) if is_kl else alt.Axis(format=".0%", tickCount=5),
     )
     x = alt.X("length:N", title=None, sort=alt.EncodingSortField("start"), axis=alt.Axis(labelAngle=-25))
     legend = None if width is None else alt.Legend(orient="bottom", title=None)
@@ -191,8 +222,12 @@ def length_chart(value: str, names: list[str], width: int | None = None) -> Spec
         alt.Tooltip("source:N", title="from"),
     ]
     base = alt.Chart(alt.NamedData(name="lengths")).transform_filter(f"datum.{value} > 0")
-    lines = base.mark_line(strokeWidth=1.5, aria=False).encode(x=x, y=y, color=color, strokeDash=dash, detail="source:N")
-    hollow = base.transform_filter("datum.kind == 'predicted'").mark_point(size=80, fill="var(--page)", aria=False)
+    lines = base.mark_line(strokeWidth=1.5, aria=False).encode(
+        x=x, y=y, color=color, strokeDash=dash, detail="source:N"
+    )
+    hollow = base.transform_filter("datum.kind == 'predicted'").mark_point(
+        size=80, opacity=1, fill="var(--page)", aria=False
+    )
     filled = base.transform_filter("datum.kind == 'measured'").mark_point(size=80, filled=True, opacity=1, aria=False)
     layers = [lines, *(part.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip) for part in (hollow, filled))]
     if is_kl:
@@ -204,8 +239,13 @@ def length_chart(value: str, names: list[str], width: int | None = None) -> Spec
 def held_chart(rows: int, width: int | None = None) -> Spec:
     """Predicted (hollow) and held-out KL (filled, with its interval) of each point; data ``held``."""
     base = alt.Chart(alt.NamedData(name="held"))
-    y = alt.Y("name:N", title=None, sort=None, axis=alt.Axis(ticks=False, domain=False, labelFontSize=12, labelColor="var(--ink)"))
-    axis = alt.Axis(format="~g", tickCount=5)
+    y = alt.Y(
+        "name:N",
+        title=None,
+        sort=None,
+        axis=alt.Axis(ticks=False, domain=False, labelFontSize=12, labelColor="var(--ink)"),
+    )
+    axis = _log_axis("KL, nats per token (log)")
     scale = alt.Scale(type="log", nice=False, padding=24)
 
     def x(field: str) -> alt.X:
@@ -219,10 +259,14 @@ def held_chart(rows: int, width: int | None = None) -> Spec:
         alt.Tooltip("high:Q", title="interval to", format=".4g"),
         alt.Tooltip("off:Q", title="predicted against held out", format="+.1%"),
     ]
-    ends = base.transform_filter("datum.low > 0").mark_rule(strokeWidth=7, opacity=0.22, strokeCap="round", color="var(--c1)", aria=False)
+    ends = base.transform_filter("datum.low > 0").mark_rule(
+        strokeWidth=7, opacity=0.22, strokeCap="round", color="var(--c1)", aria=False
+    )
     between = base.mark_rule(strokeWidth=1.5, color="var(--ink)", aria=False)
     filled = base.mark_point(size=130, filled=True, opacity=1, color="var(--c1)", aria=False)
-    hollow = base.mark_point(shape=DIAMOND, size=110, strokeWidth=2, fill="var(--page)", color="var(--ink)", aria=False)
+    hollow = base.mark_point(
+        shape=DIAMOND, size=110, strokeWidth=2, opacity=1, fill="var(--page)", color="var(--ink)", aria=False
+    )
     chart = alt.layer(
         ends.encode(y=y, x=x("low"), x2="high:Q", tooltip=tooltip),
         between.encode(y=y, x=x("predicted"), x2="measured:Q"),

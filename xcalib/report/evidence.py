@@ -66,7 +66,7 @@ def _point_row(point: OperatingPoint, profile: Profile) -> PointRow:
         name=point.name,
         is_default=point.name == profile.default_point,
         target=point.target,
-        how="imported" if point.method == "imported" else f"{point.method}, least {point.objective}",
+        how=search_of(point),
         outcome=outcome,
         word=WORDS[outcome],
         text=_sentence(verdict, outcome),
@@ -83,7 +83,7 @@ def _point_row(point: OperatingPoint, profile: Profile) -> PointRow:
         perplexity=number(heldout.perplexity) if heldout and heldout.perplexity is not None else "",
         perplexity_dense=number(heldout.perplexity_dense) if heldout and heldout.perplexity_dense is not None else "",
         samples=f"{count(heldout.samples, 'sample')}, {heldout.tokens:,} tokens" if heldout else "",
-        confidence=f"{ends.confidence:.0%}" if ends else "",
+        confidence=percent(ends.confidence, 0) if ends else "",
     )
 
 
@@ -93,9 +93,8 @@ def _outcome(point: OperatingPoint, verdict: Verdict) -> str:
 
 
 def _sentence(verdict: Verdict, outcome: str) -> str:
-    text = verdict.text.partition(": ")[2]
     marked = "" if outcome == verdict.outcome else "; the profile marks it as not verified"
-    return f"{text[:1].upper()}{text[1:]}{marked}."
+    return f"Target {verdict.text.partition(': ')[2]}{marked}."
 
 
 def _drop(heldout: Evidence | None) -> float | None:
@@ -113,7 +112,9 @@ def headline(rows: list[PointRow]) -> tuple[str, str]:
     if missed:
         return "missed", f"Held-out data say that {_names(missed)} {_misses(len(missed))}."
     if len(met) == total:
-        points = "The operating point meets its target" if total == 1 else f"All {total} operating points meet their targets"
+        points = (
+            "The operating point meets its target" if total == 1 else f"All {total} operating points meet their targets"
+        )
         return "met", f"{points} on data that the search never saw."
     if len(unmeasured) == total:
         none = "The operating point is" if total == 1 else f"None of the {total} operating points is"
@@ -142,13 +143,13 @@ def facts(profile: Profile) -> list[tuple[str, str]]:
     """What was calibrated, on what and with what: labels and text."""
     model, record = profile.model, profile.calibration
     commit = f" at commit {model.commit}" if model.commit else ""
-    shape = f"{model.model_type}, {model.layers} layers, {model.query_heads} query and {model.kv_heads} KV heads of {model.head_dim}"
+    heads = f"{model.query_heads} query and {model.kv_heads} KV heads of {model.head_dim}"
     dense = ", ".join(map(str, profile.dense_layers)) or "none"
     dropped = ", ".join(f"{number_of} {reason}" for reason, number_of in record.dropped.items())
     skipped = f"; {count(record.skipped, 'sample')} skipped for numbers that are not finite" if record.skipped else ""
     found = [
         ("Model", f"{model.name}{commit}"),
-        ("Shape", shape),
+        ("Shape", f"{model.model_type}, {model.layers} layers, {heads}"),
         ("Config SHA-256", model.config_sha256),
         ("Method", method_name(profile.method)),
         ("Key lengths", "; ".join(keys_in(length_bin) for length_bin in profile.length_bins)),
@@ -157,10 +158,32 @@ def facts(profile: Profile) -> list[tuple[str, str]]:
         ("Calibration samples", f"{_calibrated(profile)}{skipped}" + (f"; dropped: {dropped}" if dropped else "")),
         ("Calibration tokens SHA-256", record.tokens_sha256),
         ("Held-out data", _heldout(profile)),
+        *_searches(profile),
         ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(profile.versions.items()))),
         ("Profile content SHA-256", profile.content_sha256),
     ]
     return [(label, text) for label, text in found if text]
+
+
+def _searches(profile: Profile) -> list[tuple[str, str]]:
+    """How the points were found; one line where all were found alike."""
+    how = {point.name: search_of(point) for point in profile.points}
+    if len(set(how.values())) == 1:
+        return [("Search", next(iter(how.values())))]
+    return [(f"Search of {name}", text) for name, text in how.items()]
+
+
+def search_of(point: OperatingPoint) -> str:
+    """Method, objective and what came after the first search."""
+    if point.method == "imported":
+        return "imported from another tool, not searched"
+    tried = [one for length_bin in point.rounds or () for one in length_bin]
+    rounds = f"; {sum(one.taken for one in tried)} of {len(tried)} rounds taken" if tried else ""
+    trials = sum(one.trials for one in point.refined or () if one)
+    refined = f"; refined end to end by {count(trials, 'trial')}" if trials else ""
+    gap = None if point.bound is None else point.bound.gap
+    proven = "" if gap is None else f"; at most {percent(gap, 2)} from the best choice on the curves"
+    return f"{point.method}, least {point.objective}{rounds}{refined}{proven}"
 
 
 def _calibrated(profile: Profile) -> str:

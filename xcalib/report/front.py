@@ -18,12 +18,26 @@ from xcalib.search.objectives import OBJECTIVE_NAMES, Objective
 from xcalib.search.paper import paper_thresholds
 from xcalib.search.plan import Planned, Tables, uniform_thresholds
 
-__all__ = ["LINE_NAMES", "Group", "Mark", "Rival", "front_lines", "front_objective", "groups_of", "marks", "method_name", "rivals"]
+__all__ = [
+    "LINE_NAMES",
+    "Group",
+    "Mark",
+    "Rival",
+    "front_lines",
+    "front_objective",
+    "groups_of",
+    "marks",
+    "method_name",
+    "rivals",
+]
 
 MOST_DENSITY = 0.85  # beyond it KL is not of use, and the log axis would show little else
+BEYOND = 1.4  # times the density of the densest point: so far go the lines
 BUDGETS = 28
-# The published recurrence takes seconds for thousands of heads: fewer budgets there.
-PAPER_BUDGETS = ((600, 10), (2000, 6), (6000, 3))
+# The published recurrence takes steps x max(steps, heads) operations: with thousands of heads few budgets, and fewer steps than
+# reach the sparsest of them.
+PAPER_BUDGETS = ((600, 10), (2000, 6), (20_000, 3))
+PAPER_OPERATIONS = 2e8
 
 SEARCH, SINGLE_TAU, PAPER = "search", "single", "paper"
 LINE_NAMES = {
@@ -114,9 +128,7 @@ def marks(inputs: Inputs) -> list[Mark]:
             if (plan.name, plan.density, plan.kl) in known:
                 continue  # the profile's own evidence
             group = single if plan.name.startswith(SINGLE) else "point"
-            found.append(
-                Mark(plan.name, "measured", group, plan.density, plan.kl, plan.kl_interval, evaluated.source)
-            )
+            found.append(Mark(plan.name, "measured", group, plan.density, plan.kl, plan.kl_interval, evaluated.source))
     return [mark for mark in found if mark.kl > 0]  # of a dense plan: no place on a log axis
 
 
@@ -125,7 +137,11 @@ def groups_of(inputs: Inputs, found: Sequence[Mark]) -> list[Group]:
     own = _single_group(inputs.profile.method)
     others = sorted({mark.group for mark in found} - {"point"}, key=lambda name: (name != own, name))
     shapes = {own: ("triangle-up", "c2")} | dict(
-        zip([name for name in others if name != own], [("square", "c4"), ("triangle-down", "c3")] * len(others), strict=False)
+        zip(
+            [name for name in others if name != own],
+            [("square", "c4"), ("triangle-down", "c3")] * len(others),
+            strict=False,
+        )
     )
     return [Group("point", "circle", "ink"), *(Group(name, *shapes[name]) for name in others)]
 
@@ -143,7 +159,7 @@ def _point_marks(inputs: Inputs, point: OperatingPoint) -> Iterator[Mark]:
         density, kl = _predicted(inputs, point)
         yield Mark(point.name, "predicted", "point", density, kl, None, "curves")
     if point.heldout is not None:
-        ends = point.heldout.intervals and point.heldout.intervals.kl
+        ends = point.heldout.intervals.kl if point.heldout.intervals else None
         yield Mark(
             point.name, "measured", "point", point.heldout.density, point.heldout.kl, ends, "profile, held-out data"
         )
@@ -178,19 +194,23 @@ def front_lines(inputs: Inputs) -> list[dict[str, Any]]:
     tables = [Tables.of(curves, front_objective(inputs)) for curves in inputs.curves]
     least = max(float(table.cost.min(axis=1).sum()) for table in tables)
     heads = max(len(table.cost) for table in tables)
-    rows = []
-    for budget in _budgets(least, BUDGETS):
+    rows: list[dict[str, Any]] = []
+    most = min(MOST_DENSITY, max([0.5, *(BEYOND * mark.density for mark in marks(inputs))]))
+    for budget in _budgets(least, most, BUDGETS):
         rows += _row(inputs.curves, tables, SEARCH, budget, _searched)
         rows += _row(inputs.curves, tables, SINGLE_TAU, budget, _single)
-    for budget in _budgets(least, next((n for most, n in PAPER_BUDGETS if heads <= most), 0)):
-        rows += _row(inputs.curves, tables, PAPER, budget, _paper)
+    for budget in reversed(_budgets(least, most, next((n for upto, n in PAPER_BUDGETS if heads <= upto), 0))):
+        found = list(_row(inputs.curves, tables, PAPER, budget, _paper))
+        if not found:
+            break  # nor will it reach a smaller budget
+        rows += found
     return [row for row in rows if row["kl"] > 0]
 
 
-def _budgets(least: float, count: int) -> list[float]:
+def _budgets(least: float, most: float, count: int) -> list[float]:
     """Closer together where blocks are few, which is where a choice is made."""
-    low = min(least * 1.01 + 1e-9, MOST_DENSITY)
-    return [float(value) for value in np.geomspace(low, max(MOST_DENSITY, low), count)] if count else []
+    low = min(least * 1.01 + 1e-9, 1.0)
+    return [float(value) for value in np.geomspace(low, max(most, low), count)] if count else []
 
 
 Plan = Callable[[Tables, float], np.ndarray]
@@ -220,7 +240,8 @@ def _single(tables: Tables, budget: float) -> np.ndarray:
 
 
 def _paper(tables: Tables, budget: float) -> np.ndarray:
-    steps = max(1000, 22 * len(tables.cost))
+    heads = len(tables.cost)
+    steps = min(max(1000, 22 * heads), max(1000, round(min(PAPER_OPERATIONS / heads, PAPER_OPERATIONS**0.5))))
     result = paper_thresholds(tables.grid, tables.cost, tables.loss, budget=budget, max_steps=steps)
     return result.thresholds.reshape(tables.shape)
 
@@ -239,7 +260,5 @@ def rivals(inputs: Inputs) -> list[Rival]:
             except DataError:
                 continue  # too few single taus, or all on one side
             method = method_name(evaluated.single_method)
-            found.append(
-                Rival(point.name, plan.density, plan.kl, single.kl, single.tau, method, evaluated.source)
-            )
+            found.append(Rival(point.name, plan.density, plan.kl, single.kl, single.tau, method, evaluated.source))
     return found

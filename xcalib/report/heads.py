@@ -21,7 +21,7 @@ from xcalib.profile import Profile
 from xcalib.report.inputs import Inputs
 from xcalib.report.words import keys_in
 
-__all__ = ["HEADS_BYTES", "Cells", "cells_of", "error_range", "head_rows", "layer_rows", "packed_heads"]
+__all__ = ["HEADS_BYTES", "Cells", "cells_of", "colour_domains", "head_rows", "layer_rows", "packed_heads"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -66,17 +66,21 @@ def _at(grid: FloatArray, table: FloatArray, taus: FloatArray) -> FloatArray:
     return low * (1 - weight) + high * weight
 
 
-def error_range(inputs: Inputs) -> tuple[float, float] | None:
-    """Smallest and largest error of the heatmaps' colours, over all points and bins; None without curves."""
-    profile, found = inputs.profile, []
-    for point, length_bin in product(range(len(profile.points)), range(len(profile.length_bins))):
-        error = cells_of(inputs, point, length_bin).error
-        found += [] if error is None else [error[error > 0]]
-    values = np.concatenate(found) if found else np.zeros(0)
-    if not values.size:
-        return None
-    high = float(values.max())
-    return max(float(values.min()), high * 1e-5), high
+def colour_domains(inputs: Inputs) -> dict[str, tuple[float, float]]:
+    """Values at the ends of each heatmap's colours, the same for all points and bins; without curves of tau alone."""
+    profile = inputs.profile
+    places = product(range(len(profile.points)), range(len(profile.length_bins)))
+    found = [cells_of(inputs, point, length_bin) for point, length_bin in places]
+    domains = {"tau": (0.0, 1.0)}
+    if not inputs.curves:
+        return domains
+    density = np.concatenate([cells.density[cells.tau < 1] for cells in found if cells.density is not None])
+    error = np.concatenate([cells.error[cells.tau < 1] for cells in found if cells.error is not None])
+    error = error[error > 0]
+    domains["density"] = (float(density.min()), float(density.max())) if density.size else (0.0, 1.0)
+    # A few heads that lose next to nothing would leave the colours to the others' differences.
+    domains["error"] = (float(np.quantile(error, 0.02)), float(error.max())) if error.size else (1e-6, 1.0)
+    return {name: (low, high if high > low else low * 1.01 + 1e-9) for name, (low, high) in domains.items()}
 
 
 def head_rows(inputs: Inputs, point: int, length_bin: int) -> list[dict[str, Any]]:

@@ -15,8 +15,9 @@ from xcalib._files import replace_file
 from xcalib.errors import ReportError
 from xcalib.report.evidence import data_notes, facts, recipe_lines
 from xcalib.report.front import LINE_NAMES, front_objective
-from xcalib.report.heads import error_range, layer_rows, packed_heads
+from xcalib.report.heads import colour_domains, packed_heads
 from xcalib.report.summary import Report
+from xcalib.report.tables import tables
 from xcalib.report.words import count, interval, keys_in, kl, number, percent
 from xcalib.search.objectives import OBJECTIVE_NAMES
 
@@ -37,7 +38,9 @@ def write_page(report: Report, out: Path) -> int:
     """
     data = render_page(report).encode()
     if len(data) > MAX_BYTES:
-        raise ReportError(f"{out}: the page has {len(data):,} bytes, more than {MAX_BYTES:,}: give fewer --evaluation files")
+        raise ReportError(
+            f"{out}: the page has {len(data):,} bytes, more than {MAX_BYTES:,}: give fewer --evaluation files"
+        )
     try:
         replace_file(out, data)
     except OSError as error:
@@ -69,7 +72,7 @@ def render_page(report: Report) -> str:
         notes=data_notes(inputs),
         recipe=recipe_lines(inputs.profile),
         heads=heads,
-        **_tables(report, place),
+        **tables(report, place),
         objective=OBJECTIVE_NAMES[front_objective(inputs)] if inputs.curves else "",
         line_names=LINE_NAMES,
         keys=[keys_in(length_bin) for length_bin in inputs.profile.length_bins],
@@ -82,11 +85,9 @@ def _specs(report: Report) -> dict[str, Any]:
     from xcalib.report import charts
 
     model = report.inputs.profile.model
-    domains = {"tau": (0.0, 1.0), "density": (0.0, 1.0), "error": error_range(report.inputs)}
     specs: dict[str, Any] = {
         value: charts.heatmap(value, model.layers, model.query_heads, domain)
-        for value, domain in domains.items()
-        if domain is not None and (value == "tau" or report.inputs.curves)
+        for value, domain in colour_domains(report.inputs).items()
     }
     if "front" not in report.missing:
         specs["front"] = charts.front_chart(report.groups)
@@ -106,45 +107,6 @@ def _rows(report: Report) -> dict[str, dict[str, list[Any]]]:
         "held": _columns(report.held),
         "lengths": _columns(report.lengths),
     }
-
-
-def _tables(report: Report, place: int) -> dict[str, list[list[str]]]:
-    """What the charts show, in words: the alternative to each of them."""
-    return {
-        "marks_table": [
-            [mark.name, mark.kind, mark.group, percent(mark.density, 2), kl(mark.kl), interval(mark.interval), mark.source]
-            for mark in report.marks
-        ],
-        "lines_table": [
-            [row["label"], percent(row["density"], 2), kl(row["kl"]), "" if row["tau"] is None else f"{row['tau']:.4f}"]
-            for row in sorted(report.line_rows, key=lambda row: (row["series"], row["density"]))
-        ],
-        "held_table": [
-            [row["name"], kl(row["predicted"]), kl(row["measured"]), _ends(row), _signed(row["off"])]
-            for row in report.held
-        ],
-        "layers_table": [
-            [
-                f"{row['layer']}{' (dense)' if row['dense'] else ''}",
-                *(f"{row[key]:.4f}" for key in ("least", "median", "most")),
-                percent(row["density"]),
-                kl(row["error"]),
-            ]
-            for row in layer_rows(report.inputs, place, 0)
-        ],
-        "lengths_table": [
-            [row["name"], row["length"], row["kind"], percent(row["density"]), kl(row["kl"]), _ends(row), str(row["samples"] or ""), row["source"]]
-            for row in report.lengths
-        ],
-    }  # fmt: skip
-
-
-def _ends(row: Mapping[str, Any]) -> str:
-    return "" if row["low"] is None else interval((row["low"], row["high"]))
-
-
-def _signed(share: float) -> str:
-    return ("+" if share > 0 else "") + percent(share)
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -167,7 +129,9 @@ def _vega() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that sets ``window.vegaEmbed``; its licences are in its source."""
     import vl_convert
 
-    return base64.b64encode(gzip.compress(vl_convert.javascript_bundle().encode(), 9, mtime=0)).decode()
+    return base64.b64encode(
+        gzip.compress(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").encode(), 9, mtime=0)
+    ).decode()
 
 
 def template_text(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from xcalib._files import replace_file
 from xcalib.errors import ReportError
-from xcalib.report.heads import error_range, head_rows
+from xcalib.report.heads import colour_domains, head_rows
 from xcalib.report.summary import Report
 from xcalib.report.theme import in_light
 
@@ -45,10 +45,7 @@ def _charts(report: Report) -> Iterator[tuple[str, dict[str, Any], dict[str, Any
     point = next(i for i, p in enumerate(inputs.profile.points) if p.name == inputs.profile.default_point)
     rows = head_rows(inputs, point, 0)
     width = max(NARROW, min(WIDE, heads * 12))
-    domains = {"tau": (0.0, 1.0), "density": (0.0, 1.0), "error": error_range(inputs)}
-    for value, domain in domains.items():
-        if domain is None or rows[0][value] is None:
-            continue
+    for value, domain in colour_domains(inputs).items():
         yield value, charts.heatmap(value, layers, heads, domain, width), {"heads": rows}
     if report.lines or report.marks:
         yield "pareto", charts.front_chart(report.groups, WIDE), {"lines": report.line_rows, "marks": report.mark_rows}

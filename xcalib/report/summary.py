@@ -13,7 +13,7 @@ from xcalib.report.inputs import Inputs
 __all__ = ["Report", "summarise"]
 
 MISSING = {
-    "heads": "Density and error of each head are read off curves: pass --curves FOLDER, the folder that the search measured into.",
+    "heads": "Density and error of each head are read off curves: pass --curves FOLDER, where the search measured them.",
     "front": "Nothing is predicted or measured for these points: pass --curves FOLDER or --evaluation FILE.json.",
     "curves": "The curves of a head need --curves FOLDER, the folder that the search measured into.",
     "lengths": "These figures are of one length: calibrate with --lengths 1k,2k,4k, or pass an --evaluation of several lengths.",

@@ -1,4 +1,4 @@
-"""Colours of the charts: CSS variables in the page, whose style sheet has a light and a dark value of each, and light ones in PNGs.
+"""Colours of the charts: CSS variables in the page, whose style sheet has light and dark values, and the light ones in PNGs.
 
 Series are Okabe and Ito's, maps are cividis: both can be told apart with every kind of colour blindness.
 """

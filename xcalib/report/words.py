@@ -4,12 +4,12 @@ from xcalib.profile import LengthBin
 
 __all__ = ["count", "interval", "keys_in", "kl", "number", "percent"]
 
-NOTHING = "–"
+NOTHING, MINUS = "\u2013", "\u2212"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
     """``33.4 %``, with a space that does not break."""
-    return NOTHING if value is None else f"{100 * value:.{digits}f}\u202f%".replace("-", "−")
+    return NOTHING if value is None else f"{100 * value:.{digits}f}\u202f%".replace("-", MINUS)
 
 
 def kl(value: float | None) -> str:
@@ -22,16 +22,12 @@ def number(value: float) -> str:
     if value == 0:
         return "0"
     if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if abs(value) < 1e-4:
-        return f"{value:.1e}".replace("-", "−")
-    digits = f"{value:.3g}"
-    if "e" in digits:
-        return f"{value:.0f}"
-    whole = len(digits.partition(".")[2])
-    lead = len(f"{abs(value):.10f}".partition(".")[2]) - len(f"{abs(value):.10f}".partition(".")[2].lstrip("0"))
-    wanted = max(0, 3 - len(str(int(abs(value))))) if abs(value) >= 1 else lead + 3
-    return f"{value:.{max(whole, wanted)}f}".replace("-", "−")
+        text = f"{value:,.0f}"
+    elif abs(value) < 1e-4:
+        text = f"{value:.1e}"
+    else:
+        text = f"{value:#.3g}".rstrip(".")
+    return text.replace("-", MINUS)
 
 
 def interval(ends: tuple[float, float] | None, *, shares: bool = False) -> str:

@@ -92,7 +92,7 @@
     let spec = { ...specs[name], datasets };
     if (canvas) spec = withParameters(spec);
     const made = await window.vegaEmbed($(`chart-${name}`), spec, {
-      actions: false, renderer: canvas ? "canvas" : "svg", ast: false,
+      actions: false, renderer: canvas ? "canvas" : "svg", logLevel: 1, // empty layers are no news
       loader: { load: () => Promise.reject(new Error("nothing is loaded")) },
     });
     views.set(name, made.view);
@@ -109,10 +109,13 @@
   const maps = ["tau", "density", "error"];
   const curveData = (which) => {
     const y = curveOf(which), spread = heads.curves[state.bin].spread;
-    const chosen = heads.points.map((name, point) => {
-      const cell = cellsAt(point, state.bin)[state.layer * heads.heads + state.head];
-      return { name, tau: cell.tau, y: cell[which], shown: point === state.point };
+    const marked = new Map(); // points of one tau share a mark
+    heads.points.forEach((name, point) => {
+      const cell = cellsAt(point, state.bin)[state.layer * heads.heads + state.head], known = marked.get(cell.tau);
+      const names = known ? `${known.name}, ${name}` : name, shown = point === state.point || Boolean(known && known.shown);
+      marked.set(cell.tau, { name: names, tau: cell.tau, y: cell[which], shown });
     });
+    const chosen = [...marked.values()];
     return {
       curve: heads.levels.map((tau, i) => ({ tau, y: y[i] })),
       spread: heads.levels.map((tau, i) => ({ tau, low: spread.low[which][i], high: spread.high[which][i] })),
