@@ -6,7 +6,7 @@ into Vega-Lite through Altair, ``page``, ``pictures`` and ``card`` write files. 
 
 from xcalib.report.attention import AttentionPicture, attention_pictures
 from xcalib.report.card import write_card
-from xcalib.report.inputs import Evaluated, Inputs, check_curves, read_evaluation, require_libraries
+from xcalib.report.inputs import Evaluated, Inputs, check_curves, published, read_evaluation, require_libraries
 from xcalib.report.page import write_page
 from xcalib.report.pngs import write_pngs
 from xcalib.report.summary import Report, summarise
@@ -18,6 +18,7 @@ __all__ = [
     "Report",
     "attention_pictures",
     "check_curves",
+    "published",
     "read_evaluation",
     "require_libraries",
     "summarise",

@@ -21,6 +21,7 @@ __all__ = ["AttentionPicture", "attention_pictures"]
 Place = tuple[int, int]  # layer and head
 
 PICTURES = 6
+KEPT_BLOCKS = 50_000_000  # of all heads, 5 bytes each
 MOST_BLOCKS = 160  # pixels a side; longer samples are pooled
 LEVELS = 24
 FAINTEST = 1e-4  # probability of a block that is drawn as the darkest
@@ -67,7 +68,7 @@ def attention_pictures(
     Args:
         model: a transformers causal language model, the profile's.
         profile: whose thresholds choose blocks.
-        sample: whose tokens are prefilled, twice.
+        sample: whose tokens are prefilled; twice where the blocks of all heads are too many to keep.
         point: operating point, None for the default.
         count: heads at most.
 
@@ -82,13 +83,17 @@ def attention_pictures(
     length_bin = plan.bin_index(len(sample.tokens))
     if length_bin is None:
         return ()
+    side = -(-len(sample.tokens) // plan.block_size)
+    keep_all = plan.thresholds[0].numel() * side**2 <= KEPT_BLOCKS
+    first = _run(model, plan, length_bin, sample, None if keep_all else set())
     density: dict[Place, float] = {}
-    for seen in _run(model, plan, length_bin, sample, set()):
+    for seen in first:
         density |= {(seen.layer, head): share for head, share in enumerate(seen.shares)}
     ranked = sorted(density, key=lambda place: (density[place], place))
     ranks = sorted({round(rank) for rank in np.linspace(0, len(ranked) - 1, min(count, len(ranked)))})
     chosen = [ranked[rank] for rank in ranks]
-    seen_again = {seen.layer: seen for seen in _run(model, plan, length_bin, sample, set(chosen))}
+    again = first if keep_all else _run(model, plan, length_bin, sample, set(chosen))
+    seen_again = {seen.layer: seen for seen in again}
     return tuple(
         _picture(
             place, _place(rank, len(ranked)), float(plan.thresholds[length_bin, *place]), seen_again[place[0]], sample
@@ -112,8 +117,8 @@ def _place(rank: int, heads: int) -> str:
     return f"denser than {100 * rank / (heads - 1):.0f}\u202f% of the heads"
 
 
-def _run(model: Any, plan: SparsePlan, length_bin: int, sample: Sample, wanted: set[Place]) -> list[_Seen]:
-    """One dense prefill, looked at layer by layer; layers that cannot be sparse are left out."""
+def _run(model: Any, plan: SparsePlan, length_bin: int, sample: Sample, wanted: set[Place] | None) -> list[_Seen]:
+    """One dense prefill, looked at layer by layer; layers that cannot be sparse are left out. None wants the blocks of all."""
     found: list[_Seen] = []
 
     def compute(call: AttentionCall) -> None:
@@ -128,8 +133,8 @@ def _run(model: Any, plan: SparsePlan, length_bin: int, sample: Sample, wanted: 
         shares = block_density(mask, q_len=length, k_len=length, block_size=plan.block_size)[0]
         blocks = {
             head: (scores[0, head].float().cpu().numpy(), mask[0, head].cpu().numpy())
-            for layer, head in wanted
-            if layer == call.layer
+            for head in range(heads)
+            if wanted is None or (call.layer, head) in wanted
         }
         found.append(_Seen(call.layer, shares.tolist(), blocks))
 

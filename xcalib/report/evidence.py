@@ -119,15 +119,8 @@ def headline(rows: list[PointRow]) -> tuple[str, str]:
     if len(unmeasured) == total:
         none = "The operating point is" if total == 1 else f"None of the {total} operating points is"
         return "unmeasured", f"{none} {'not ' if total == 1 else ''}verified on held-out data."
-    parts = [
-        text
-        for names, text in (
-            (met, f"{_names(met)} verified"),
-            (unsure, f"{_names(unsure)} not refuted, but too uncertain to tell"),
-            (unmeasured, f"{_names(unmeasured)} not verified"),
-        )
-        if names
-    ]
+    said = ((met, "verified"), (unsure, "not refuted, but too uncertain to tell"), (unmeasured, "not verified"))
+    parts = [f"{_names(names)} {text}" for names, text in said if names]
     return ("uncertain" if not unmeasured else "unmeasured"), f"On held-out data: {'; '.join(parts)}."
 
 

@@ -17,7 +17,15 @@ from xcalib.evaluation.by_length import LengthResult
 from xcalib.evaluation.results import PlanResult
 from xcalib.profile import Method, Profile, explain
 
-__all__ = ["Evaluated", "Inputs", "check_curves", "check_evaluation", "read_evaluation", "require_libraries"]
+__all__ = [
+    "Evaluated",
+    "Inputs",
+    "check_curves",
+    "check_evaluation",
+    "published",
+    "read_evaluation",
+    "require_libraries",
+]
 
 LIBRARIES = ("altair", "jinja2", "vl_convert")
 SINGLE = "tau="  # what the names of single taus begin with
@@ -154,11 +162,16 @@ def _check_plan(plan: PlanResult, name: str) -> None:
 def _single_method(found: Evaluation, profile: Profile, *, is_demo: bool) -> Method:
     """With what the single taus of an evaluation were used; the file does not say, the commands' rules do."""
     if is_demo:
-        pattern, order = PUBLISHED
-        return profile.method.model_copy(update={"pattern": pattern, "order": order})
+        return published(profile.method)
     if all(plan.name.startswith(SINGLE) for plan in found.plans):  # no profile was given
         return Method(stride=16, block_size=128, pattern="antidiagonal", order="score")
     return profile.method
+
+
+def published(method: Method) -> Method:
+    """The published rule at a method's stride and block size."""
+    pattern, order = PUBLISHED
+    return method.model_copy(update={"pattern": pattern, "order": order})
 
 
 def check_evaluation(profile: Profile, evaluated: Evaluated) -> None:

@@ -24,7 +24,8 @@ def number(value: float) -> str:
     if abs(value) >= 1000:
         text = f"{value:,.0f}"
     elif abs(value) < 1e-4:
-        text = f"{value:.1e}"
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        text = f"{mantissa}e{int(exponent)}"
     else:
         text = f"{value:#.3g}".rstrip(".")
     return text.replace("-", MINUS)
