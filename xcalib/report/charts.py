@@ -57,8 +57,8 @@ def heatmap(value: str, layers: int, heads: int, domain: tuple[float, float], wi
     chart = alt.layer(cells, dense, chosen).add_params(
         alt.param(name="layer", value=-1), alt.param(name="head", value=-1)
     )
-    step = max(4.0, min(16.0, 480 / layers))
-    return _finished(chart, round(layers * step), f"Heatmap of {_TITLES[value]} by layer and head", width)
+    height = max(4 * layers, min(16 * layers, 480), 96)
+    return _finished(chart, height, f"Heatmap of {_TITLES[value]} by layer and head", width)
 
 
 def _ordinal(count: int, most: int) -> alt.Axis:
@@ -75,21 +75,25 @@ def front_chart(groups: list[Group], width: int | None = None) -> Spec:
         "density:Q", title="density: blocks computed over visible blocks", axis=alt.Axis(format=".0%", tickCount=8)
     )
     y = alt.Y("kl:Q", scale=alt.Scale(type="log"), axis=axis)
-    legend = None if width is None else alt.Legend(orient="bottom", title=None, columns=1, labelLimit=700)
+    legend = (
+        None
+        if width is None
+        else alt.Legend(orient="bottom", title=None, columns=2, labelLimit=700, symbolType="square")
+    )
     marks = alt.Chart(alt.NamedData(name="marks"))
     whiskers = marks.transform_filter("datum.low > 0").mark_rule(strokeWidth=1.5, aria=False)
     hollow = marks.transform_filter("datum.kind == 'predicted'").mark_point(
         size=230, strokeWidth=1.8, opacity=1, fill="var(--page)", aria=False
     )
     filled = marks.transform_filter("datum.kind == 'measured'").mark_point(size=100, filled=True, opacity=1, aria=False)
-    named = marks.transform_filter("datum.kind == 'measured' || datum.alone").encode(x=x, y=y, text="name:N")
+    named = marks.transform_filter("datum.label").encode(x=x, y=y, text="label:N")
     label: dict[str, Any] = {"align": "left", "dx": 12, "dy": -10, "fontWeight": 600, "aria": False}
     scale = alt.Scale(domain=[group.name for group in groups], range=[group.shape for group in groups])
-    looks = {"x": x, "y": y, "shape": alt.Shape("group:N", scale=scale, legend=legend), "tooltip": _mark_tooltip()}
+    looks = {"x": x, "y": y, "shape": alt.Shape("group:N", scale=scale, legend=None), "tooltip": _mark_tooltip()}
     color = _front_color(groups, "group", legend)
     chart = alt.layer(
         *_front_lines(x, y, groups, legend),
-        whiskers.encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=_front_color(groups, "group", None)),
+        whiskers.encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=color),
         hollow.encode(color=color, **looks),
         filled.encode(color=color, **looks),
         named.mark_text(**label, stroke="var(--page)", strokeWidth=4, strokeJoin="round", opacity=0.9),
@@ -104,8 +108,8 @@ def _front_lines(x: alt.X, y: alt.Y, groups: list[Group], legend: alt.Legend | N
     drawn = lines.mark_line(strokeWidth=2, interpolate="monotone", clip=True, aria=False).encode(
         x=x,
         y=y,
-        color=_front_color(groups, "label", None),
-        strokeDash=alt.StrokeDash("label:N", scale=dashes, legend=legend),
+        color=_front_color(groups, "label", legend),
+        strokeDash=alt.StrokeDash("label:N", scale=dashes, legend=None),
     )
     near = lines.mark_point(size=90, opacity=0, aria=False).encode(x=x, y=y, tooltip=_line_tooltip())
     return [drawn, near]
@@ -114,8 +118,7 @@ def _front_lines(x: alt.X, y: alt.Y, groups: list[Group], legend: alt.Legend | N
 def _front_color(groups: list[Group], field: str, legend: alt.Legend | None) -> alt.Color:
     """One scale for lines and marks: charts of one axis share their scales."""
     colours = dict(zip(LINE_NAMES.values(), SERIES, strict=False)) | {g.name: f"var(--{g.colour})" for g in groups}
-    shown = legend if legend is None else alt.Legend(**{**legend.to_dict(), "values": [group.name for group in groups]})
-    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=shown)
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=legend)
 
 
 def _log_axis(title: str, form: str = "~g") -> alt.Axis:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from xcalib.evaluation import LengthResult
 from xcalib.profile import Evidence, OperatingPoint, Profile
 from xcalib.report.front import method_name
 from xcalib.report.inputs import SINGLE, Inputs
@@ -239,14 +240,23 @@ def length_rows(inputs: Inputs) -> list[dict[str, Any]]:
     rows = [row for point in inputs.profile.points for row in _length_rows(point)]
     for evaluated in inputs.evaluations:
         for part in evaluated.found.by_length:
-            same = part.min_tokens == part.max_tokens
-            tokens = f"{part.max_tokens:,}" if same else f"{part.min_tokens:,} to {part.max_tokens:,}"
+            length, start = _served(inputs.profile, part)
             for plan in part.plans:
                 rows.append(
-                    _length_row(plan.name, "measured", f"{tokens} tokens", part.min_tokens, plan, plan.kl_interval)
+                    _length_row(plan.name, "measured", length, start, plan, plan.kl_interval)
                     | {"source": evaluated.source, "samples": part.samples}
                 )
     return rows
+
+
+def _served(profile: Profile, part: LengthResult) -> tuple[str, int]:
+    """A label and a place on the axis: the profile's bin that served these samples, their own lengths where it has but one."""
+    bins = [one for one in profile.length_bins if (one.min_length, one.max_length) == part.length_bin]
+    if len(profile.length_bins) > 1 and bins and not part.extrapolated:
+        return keys_in(bins[0]), bins[0].min_length
+    same = part.min_tokens == part.max_tokens
+    tokens = f"{part.max_tokens:,}" if same else f"{part.min_tokens:,} to {part.max_tokens:,}"
+    return f"{tokens} tokens{' (extrapolated)' if part.extrapolated else ''}", part.min_tokens
 
 
 def _length_rows(point: OperatingPoint) -> Iterator[dict[str, Any]]:

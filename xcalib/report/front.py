@@ -39,6 +39,7 @@ BUDGETS = 28
 PAPER_BUDGETS = ((600, 10), (2000, 6), (20_000, 3))
 PAPER_OPERATIONS = 2e8
 
+POINT = "operating point"
 SEARCH, SINGLE_TAU, PAPER = "search", "single", "paper"
 LINE_NAMES = {
     SEARCH: "search over the curves",
@@ -54,7 +55,7 @@ class Mark:
     Attributes:
         name: of the operating point, or of the single tau.
         kind: ``predicted`` or ``measured``.
-        group: ``point``, or ``single`` and its method.
+        group: ``operating point``, or ``single`` and its method.
         density: in [0, 1].
         kl: nats per token.
         interval: of ``kl``, None without one.
@@ -89,7 +90,7 @@ class Group:
     """What marks are of, and how they look.
 
     Attributes:
-        name: ``point``, or ``single tau`` and its method.
+        name: ``operating point``, or ``single tau`` and its method.
         shape: of the mark, in Vega's words.
         colour: name of a CSS variable; a single tau of the profile's own method has that of its predicted line.
     """
@@ -127,7 +128,7 @@ def marks(inputs: Inputs) -> list[Mark]:
         for plan in evaluated.found.plans:
             if (plan.name, plan.density, plan.kl) in known:
                 continue  # the profile's own evidence
-            group = single if plan.name.startswith(SINGLE) else "point"
+            group = single if plan.name.startswith(SINGLE) else POINT
             found.append(Mark(plan.name, "measured", group, plan.density, plan.kl, plan.kl_interval, evaluated.source))
     return [mark for mark in found if mark.kl > 0]  # of a dense plan: no place on a log axis
 
@@ -135,7 +136,7 @@ def marks(inputs: Inputs) -> list[Mark]:
 def groups_of(inputs: Inputs, found: Sequence[Mark]) -> list[Group]:
     """The operating points first, then single taus, those of the profile's own method before others."""
     own = _single_group(inputs.profile.method)
-    others = sorted({mark.group for mark in found} - {"point"}, key=lambda name: (name != own, name))
+    others = sorted({mark.group for mark in found} - {POINT}, key=lambda name: (name != own, name))
     shapes = {own: ("triangle-up", "c2")} | dict(
         zip(
             [name for name in others if name != own],
@@ -143,7 +144,7 @@ def groups_of(inputs: Inputs, found: Sequence[Mark]) -> list[Group]:
             strict=False,
         )
     )
-    return [Group("point", "circle", "ink"), *(Group(name, *shapes[name]) for name in others)]
+    return [Group(POINT, "circle", "ink"), *(Group(name, *shapes[name]) for name in others)]
 
 
 def _single_group(method: Method) -> str:
@@ -153,15 +154,15 @@ def _single_group(method: Method) -> str:
 def _point_marks(inputs: Inputs, point: OperatingPoint) -> Iterator[Mark]:
     if point.predicted is not None:
         yield Mark(
-            point.name, "predicted", "point", point.predicted.density, point.predicted.kl, None, "profile, predicted"
+            point.name, "predicted", POINT, point.predicted.density, point.predicted.kl, None, "profile, predicted"
         )
     elif inputs.curves:
         density, kl = _predicted(inputs, point)
-        yield Mark(point.name, "predicted", "point", density, kl, None, "curves")
+        yield Mark(point.name, "predicted", POINT, density, kl, None, "curves")
     if point.heldout is not None:
         ends = point.heldout.intervals.kl if point.heldout.intervals else None
         yield Mark(
-            point.name, "measured", "point", point.heldout.density, point.heldout.kl, ends, "profile, held-out data"
+            point.name, "measured", POINT, point.heldout.density, point.heldout.kl, ends, "profile, held-out data"
         )
 
 
@@ -203,7 +204,7 @@ def front_lines(inputs: Inputs) -> list[dict[str, Any]]:
         found = list(_row(inputs.curves, tables, PAPER, budget, _paper))
         if not found:
             break  # nor will it reach a smaller budget
-        rows += found
+        rows += [row for row in found if row not in rows]  # above its start it has one state for every budget
     return [row for row in rows if row["kl"] > 0]
 
 

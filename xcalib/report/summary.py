@@ -64,9 +64,15 @@ class Report:
 
     @property
     def mark_rows(self) -> list[dict[str, Any]]:
-        """For the chart; ``alone`` where a prediction stands without a measurement, and so has the label."""
-        measured = {mark.name for mark in self.marks if mark.kind == "measured"}
-        return [mark.row() | {"alone": mark.name not in measured} for mark in self.marks]
+        """For the chart; one mark of each name has it as its ``label``: the first that was measured, else the prediction."""
+        labelled: dict[str, int] = {}
+        for place, mark in enumerate(self.marks):
+            if mark.name not in labelled or (mark.kind == "measured" != self.marks[labelled[mark.name]].kind):
+                labelled[mark.name] = place
+        return [
+            mark.row() | {"label": mark.name if labelled[mark.name] == place else ""}
+            for place, mark in enumerate(self.marks)
+        ]
 
     @property
     def line_rows(self) -> list[dict[str, Any]]:

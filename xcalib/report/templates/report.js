@@ -60,7 +60,10 @@
   };
 
   const percent = (v) => (v === null ? "–" : `${(100 * v).toFixed(1)}\u202f%`);
-  const small = (v) => (v === null ? "–" : v === 0 ? "0" : v.toPrecision(3));
+  const small = (v) => {
+    if (v === null || v === undefined) return "–";
+    return v === 0 ? "0" : v < 1e-4 ? v.toExponential(2) : v.toPrecision(3);
+  };
 
   // ---- charts
   const variable = /^var\(--([a-z0-9]+)\)$/;
