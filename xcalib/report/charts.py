@@ -179,19 +179,17 @@ def curve_chart(value: str, width: int | None = None) -> Spec:
         "align": "right",
         "dx": -4,
         "fontSize": 11,
-        "color": "var(--pick)",
         "aria": False,
     }
     texts: dict[str, Any] = {
         "x": x,
         "y": alt.value(0),
         "text": "name:N",
-        "opacity": alt.condition("datum.shown", alt.value(1), alt.value(0.75)),
+        "color": alt.condition("datum.shown", alt.value("var(--ink)"), alt.value("var(--muted)")),
     }
     left = chosen.transform_filter("datum.tau >= 0.06").mark_text(**said_by, baseline="bottom", dy=-3)
-    right = chosen.transform_filter("datum.tau < 0.06").mark_text(
-        **said_by, baseline="top", dy=3
-    )  # the axis is on its left
+    # of a tau at the axis, whose labels are on its left
+    right = chosen.transform_filter("datum.tau < 0.06").mark_text(**said_by, baseline="top", dy=3)
     names = [part.encode(**texts) for part in (left, right)]
     return _finished(alt.layer(around, drawn, dots, rules, ends, *names), 250, f"{title} of one head by tau", width)
 
