@@ -385,6 +385,9 @@ def test_nothing_is_loaded_from_elsewhere(inputs: Inputs) -> None:
             target = attributes.get(key)
             assert target is None or target.startswith(("#", "data:")), (tag, target)
     assert not re.search(r"https?://|@import|url\(", page)
+    assert (
+        "Copyright (c) 2015-2023, University of Washington Interactive Data Lab" in page
+    )  # Vega's, which is in the file
     (policy,) = [a["content"] for t, a in parsed(page).found if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy is not None and policy.startswith("default-src 'none'")
 

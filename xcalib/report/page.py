@@ -76,6 +76,7 @@ def render_page(report: Report) -> str:
         objective=OBJECTIVE_NAMES[front_objective(inputs)] if inputs.curves else "",
         line_names=LINE_NAMES,
         keys=[keys_in(length_bin) for length_bin in inputs.profile.length_bins],
+        notices=template_text("vega-notices.txt"),
         version=xcalib.__version__,
         day=datetime.now(UTC).strftime("%Y-%m-%d"),
     )  # fmt: skip
@@ -126,7 +127,7 @@ def _packed(data: Any) -> str:
 
 @cache
 def _vega() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script that sets ``window.vegaEmbed``; its licences are in its source."""
+    """Vega, Vega-Lite and Vega-Embed as one script that sets ``window.vegaEmbed``; its notices stand in the page's footer."""
     import vl_convert
 
     return base64.b64encode(
