@@ -138,6 +138,52 @@ def random_samples() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture(scope="session")
+def invented_curves() -> Callable[..., Any]:
+    """Makes curves of any shape, with heads that differ: density rises with tau to 1, error falls to 0."""
+    from xcalib.collect import DEFAULT_GRID, CollectSettings, Curves
+
+    def make(
+        measured: Sequence[int] = (0, 2, 3),
+        layers: int = 4,
+        heads: int = 4,
+        length: int = 2048,
+        seed: int = 0,
+        **how: Any,
+    ) -> Any:
+        rng = np.random.default_rng(seed)
+        shape, levels = (2, len(measured), heads), len(how.setdefault("grid", DEFAULT_GRID))
+        kept = np.rint(100 + 900 * np.sort(rng.random((*shape, levels)), axis=-1)).astype(np.int64)
+        kept[..., 0], kept[..., -1] = 100, 1000
+        error = np.sort(rng.random((*shape, levels)), axis=-1)[..., ::-1] * np.exp(
+            rng.normal(-3, 1.5, (1, *shape[1:], 1))
+        )
+        error[..., -1] = 0
+        gain, gain_error = np.exp(rng.normal(-2, 1, len(measured))), np.full((1, len(measured)), 0.1)
+        joint = np.array([[0.05, 0.01, 0.2]]).repeat(2, axis=0)
+        identity = {"name": "invented", "commit": None, "model_type": "llama", "layers": layers, "query_heads": heads}
+        record = {"sources": ["builtin"], "samples": 2, "min_length": length, "max_length": length, "seed": 0}
+        record |= {"tokens_sha256": "cd" * 32, "documents": ["0123456789abcdef"], "gain_samples": 1, "dropped": {}}
+        return Curves(
+            settings=CollectSettings(block_size=64, gain_samples=1, **how),
+            model=identity | {"kv_heads": heads, "head_dim": 64, "config_sha256": "ab" * 32},
+            calibration=record,
+            layers=tuple(measured),
+            error=error,
+            energy=np.exp(rng.normal(2, 0.3, shape[:2])),
+            kept=kept,
+            visible=np.full(2, 1000),
+            tokens=np.full(2, length),
+            gain=gain,
+            gain_kl=gain * gain_error,
+            gain_error=gain_error,
+            joint_sum=joint,
+            joint_kl=joint * 1.5,
+        )
+
+    return make
+
+
 def _program(name: str) -> str | None:
     """A program of PostgreSQL's; Debian does not put them on PATH."""
     places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: path.parent.name, reverse=True)

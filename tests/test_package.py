@@ -84,7 +84,8 @@ def expected_files() -> set[str]:
         f"xcalib/profiles/{path.name}" for path in (ROOT / "profiles").iterdir() if path.suffix in (".yaml", ".md")
     }
     machines = {str(path.relative_to(ROOT)) for path in (ROOT / "xcalib" / "plan" / "machines").glob("*.json")}
-    return sources | data | shipped | machines | {"xcalib/py.typed", "xcalib/kernels/tuned.json"}
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "xcalib" / "report" / "templates").iterdir()}
+    return sources | data | shipped | machines | templates | {"xcalib/py.typed", "xcalib/kernels/tuned.json"}
 
 
 def test_wheel_holds_everything_and_nothing_else(built: Path) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "ProfileError",
     "RankError",
     "RecipeError",
+    "ReportError",
     "StudyError",
     "TargetError",
     "TargetMissedError",
@@ -116,6 +117,10 @@ class BenchError(XcalibError):
 
 class PlanError(XcalibError):
     """A plan's machine cannot be read or measured, or what is to be planned makes no sense."""
+
+
+class ReportError(XcalibError):
+    """A report cannot be made of what was given, or not written where it was asked for."""
 
 
 class AblationError(XcalibError):

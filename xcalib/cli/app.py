@@ -21,6 +21,7 @@ from xcalib.cli.plan import plan
 from xcalib.cli.profiles import profiles
 from xcalib.cli.recipes import RecipeCommand
 from xcalib.cli.refine import refine
+from xcalib.cli.report import report
 from xcalib.cli.search import search
 from xcalib.cli.show import show
 from xcalib.cli.validate import validate
@@ -50,6 +51,9 @@ app.command(
 )(refine)
 app.command(epilog="Example: `xcalib evaluate demo --profile demo.yaml --uniform 0.9 --data builtin --json`")(evaluate)
 app.command(epilog="Example: `xcalib show profile.yaml --point fast`")(show)
+app.command(
+    epilog="Example: `xcalib report profile.yaml --curves xcalib-out/demo/curves --out report.html --card CARD.md`"
+)(report)
 app.command(epilog="Example: `xcalib diff old.yaml new.yaml --point balanced`")(diff)
 app.command(epilog="Example: `xcalib profiles`")(profiles)
 app.command(epilog="Example: `xcalib validate profile.yaml other.yaml`")(validate)

@@ -31,8 +31,15 @@ def _span(start: int, end: int | None) -> str:
 
 def point_by_length(profile: "Profile") -> Table:
     """Every operating point in every length bin: what the search expects there, and what held-out samples gave."""
-    table = Table(title="by length", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("point", overflow="fold")
+    table = Table(
+        title="by length",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
+    table.add_column("point", no_wrap=True)
     table.add_column("keys", no_wrap=True)
     table.add_column("", no_wrap=True)
     for column in ("density", "KL", "interval"):

@@ -9,11 +9,14 @@ from rich.table import Table
 from xcalib._lock import remove_folder
 from xcalib.cli import options as opt
 from xcalib.cli.environment import environment
-from xcalib.cli.output import console, evaluation_table, interval_labels, progress
+from xcalib.cli.output import console, evaluation_table, interval_labels, progress, status
 from xcalib.cli.show import render_profile
-from xcalib.collect import CollectSettings, collect
+from xcalib.collect import CollectSettings, Curves, collect
 from xcalib.collect.units import Units
+from xcalib.data import Sample
+from xcalib.errors import XcalibError
 from xcalib.evaluation import PUBLISHED, Evaluation, evaluate_plans, plans_to_evaluate, uniform_at
+from xcalib.models.loading import LoadedModel
 from xcalib.profile import Profile, save_profile
 from xcalib.search import DEFAULT_TARGETS, build_profile, judge
 from xcalib.search.evidence import with_evidence
@@ -67,6 +70,7 @@ def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any
     save_profile(profile, out)
     comparison = compare(profile, found) | {"seed": seed, "seconds": time.monotonic() - began}
     _report(profile, found, comparison, out)
+    _write_page(loaded, profile, curves, found, heldout.samples[0], out.with_name("report.html"))
     command = f"xcalib demo --seed {seed} --json"
     return {
         "command": command,
@@ -75,6 +79,25 @@ def run_demo(out: Path, *, seed: int = 0, resume: bool = False) -> dict[str, Any
         "profile": {point.name: point.predicted.model_dump() for point in profile.points if point.predicted},
         "evaluation": found.to_dict(),
     }
+
+
+def _write_page(
+    loaded: LoadedModel, profile: Profile, curves: Curves, found: Evaluation, sample: Sample, out: Path
+) -> None:
+    """The report beside the profile, with attention of one held-out sample; one line says where it is, or how to get it."""
+    from xcalib import report
+
+    try:
+        report.require_libraries()
+        with status("Drawing the report"):
+            evaluated = report.Evaluated("xcalib demo", found, report.published(profile.method))
+            pictures = report.attention_pictures(loaded.model, profile, sample)
+            inputs = report.Inputs(profile, report.check_curves(profile, (curves,)), (evaluated,))
+            report.write_page(report.summarise(inputs, pictures), out)
+    except XcalibError as error:
+        console.print(f"no report: {error}", markup=False, soft_wrap=True)
+    else:
+        console.print(f"wrote {out}: open it in a browser", markup=False, soft_wrap=True)
 
 
 def compare(profile: Profile, found: Evaluation) -> dict[str, Any]:

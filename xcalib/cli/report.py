@@ -1,0 +1,109 @@
+"""``xcalib report``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xcalib.cli import options as opt
+from xcalib.cli.output import console, print_json, status
+from xcalib.collect import load_curve_sets
+from xcalib.data import load_samples
+from xcalib.errors import DataError, ReportError
+from xcalib.profile import Profile, load_profile
+
+__all__ = ["report"]
+
+
+def report(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.")],
+    curves: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the curves that it was searched on.")
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.json", help="What `xcalib evaluate --json` or `xcalib demo --json` printed; may be repeated."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help=f"{opt.MODEL_HELP} Runs one sample, for pictures of what heads keep."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page, one HTML file.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the charts as PNG files.")] = None,
+    card: Annotated[Path | None, typer.Option(metavar="FILE.md", help="A Markdown card for a model page.")] = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = "auto",
+    trust_remote_code: opt.RemoteCode = False,
+    as_json: opt.Json = False,
+) -> None:
+    """One HTML page about PROFILE that works offline: verdicts, heatmaps, density against KL, curves, evidence.
+
+    Files that exist are replaced. The page needs the extra `report`.
+    """
+    from xcalib.report import (
+        Inputs,
+        check_curves,
+        read_evaluation,
+        require_libraries,
+        summarise,
+        write_card,
+        write_page,
+        write_pngs,
+    )
+
+    require_libraries()
+    _check_outputs(out, png, card)
+    loaded = load_profile(profile)
+    measured = () if curves is None else check_curves(loaded, load_curve_sets(curves), str(curves))
+    evaluations = tuple(read_evaluation(path, loaded) for path in evaluation or ())
+    attention = () if model is None else _attention(loaded, model, device, dtype, trust_remote_code)
+    with status("Drawing the report"):
+        made = summarise(Inputs(loaded, measured, evaluations), attention)
+        written = write_page(made, out)
+        pictures = [] if png is None else write_pngs(made, png)
+        if card is not None:
+            write_card(made, card, profile.name)
+    console.print(f"wrote {out} ({written / 1000:,.0f} kB)", markup=False, soft_wrap=True)
+    for path in [*pictures, *filter(None, [card])]:
+        console.print(f"wrote {path}", markup=False, soft_wrap=True)
+    if as_json:
+        result: dict[str, Any] = {"report": str(out), "bytes": written, "png": [str(path) for path in pictures]}
+        result |= {"card": None if card is None else str(card), "missing": made.missing}
+        print_json(result | {"points": {row.name: row.outcome for row in made.points}, "front": made.line_rows})
+
+
+def _check_outputs(out: Path, png: Path | None, card: Path | None) -> None:
+    for path, suffixes in ((out, (".html", ".htm")), (card, (".md",))):
+        if path is None:
+            continue
+        if path.suffix.lower() not in suffixes:
+            raise ReportError(f"{path}: expected a name that ends in {suffixes[0]}")
+        if not path.parent.is_dir():
+            raise ReportError(f"{path}: the folder {path.parent} does not exist")
+        if path.is_dir():
+            raise ReportError(f"{path}: is a folder")
+    if png is not None and png.exists() and not png.is_dir():
+        raise ReportError(f"{png}: is not a folder")
+
+
+def _attention(profile: Profile, name: str, device: str | None, dtype: str, trust_remote_code: bool) -> Any:
+    """Pictures from the first held-out sample of the kind of data that the profile was calibrated on."""
+    from xcalib.report import attention_pictures
+    from xcalib.runtime import check_fits
+
+    record = profile.calibration
+    if not record.sources or not record.samples:
+        raise ReportError("--model: the profile has no record of calibration data to run a sample of")
+    loaded = opt.open_model(name, device, dtype, trust_remote_code)
+    check_fits(loaded.model, profile)
+    with status("Looking at attention"):
+        try:
+            samples = load_samples(
+                list(record.sources), loaded.tokenizer, num_samples=len(record.sources), max_length=record.max_length,
+                seed=record.seed, split="heldout", exclude=record.documents,
+            )  # fmt: skip
+        except DataError as error:
+            raise DataError(f"--model: no sample of the profile's calibration data: {error}") from error
+        return attention_pictures(loaded.model, profile, samples.samples[0])
