@@ -14,6 +14,7 @@ import pytest
 from xcalib.errors import CurvesError, ReportError
 from xcalib.profile import Evidence, Intervals, Profile, make_profile, save_profile
 from xcalib.search import build_profile
+from xcalib.search.paper import paper_thresholds
 from xcalib.search.plan import Tables
 from xcalib.search.targets import parse_targets
 
@@ -200,6 +201,22 @@ def test_front_of_several_lengths_is_pooled(invented_curves: Make) -> None:
     line = np.array(sorted((row["density"], row["kl"]) for row in front_lines(inputs) if row["series"] == "search"))
     there = np.exp(np.interp(point.predicted.density, line[:, 0], np.log(line[:, 1])))
     assert there == pytest.approx(point.predicted.kl, rel=0.2)
+
+
+def test_the_published_recurrence_is_bounded_in_time(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few operations allowed its line ends early, and the others are as they were."""
+    whole = front_lines(inputs)
+    monkeypatch.setattr(front, "PAPER_OPERATIONS", 2e4)
+    asked: list[int] = []
+
+    def counted(*arguments: Any, max_steps: int, **how: Any) -> Any:
+        asked.append(max_steps)
+        return paper_thresholds(*arguments, max_steps=max_steps, **how)
+
+    monkeypatch.setattr(front, "paper_thresholds", counted)
+    cut = front_lines(inputs)
+    assert asked and max(asked) <= 1000
+    assert [row for row in cut if row["series"] != "paper"] == [row for row in whole if row["series"] != "paper"]
 
 
 def test_marks_tell_measured_from_predicted(inputs: Inputs) -> None:
@@ -443,8 +460,7 @@ def test_curves_of_other_data_are_pointed_out(inputs: Inputs) -> None:
 def test_a_large_model_stays_below_a_megabyte(
     invented_curves: Make, lengths: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if lengths > 1:
-        monkeypatch.setattr(front, "PAPER_BUDGETS", ())  # takes the time, not the bytes
+    monkeypatch.setattr(front, "PAPER_BUDGETS", ())  # takes the time, not the bytes
     shape = {"measured": range(1, 80), "layers": 80, "heads": 64}
     sets = tuple(invented_curves(length=1024 * (1 + n), seed=n, **shape) for n in range(lengths))
     inputs = Inputs(build_profile(sets, parse_targets(POINTS)), sets)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from xcalib.evaluation import Evaluation
+from xcalib.evaluation.results import DenseResult, PlanResult
 from xcalib.profile import Evidence, Intervals, make_profile
 from xcalib.search import build_profile
 from xcalib.search.targets import parse_targets
@@ -42,7 +44,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(invented_curves: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A page of two lengths with a hostile name, and one of a model so large that its heatmaps are drawn on a canvas."""
-    from xcalib.report import Inputs, summarise, write_page
+    from xcalib.report import Evaluated, Inputs, summarise, write_page
 
     folder, written = tmp_path_factory.mktemp("report-browser"), {}
     for name, shape in (("small", {}), ("large", {"measured": range(1, 60), "layers": 60, "heads": 48})):
@@ -56,8 +58,21 @@ def pages(invented_curves: Callable[..., Any], tmp_path_factory: pytest.TempPath
         points = (first, *profile.points[1:])
         profile = make_profile(**{**dict(profile), "model": model, "points": points})
         written[name] = folder / f"{name}.html"
-        write_page(summarise(Inputs(profile, sets)), written[name])
+        evaluated = Evaluated(f"{HOSTILE}.json", hostile_evaluation(profile.model.layers), profile.method)
+        evaluations = (evaluated,) if name == "small" else ()
+        write_page(summarise(Inputs(profile, sets, evaluations)), written[name])
     return written
+
+
+def hostile_evaluation(layers: int) -> Evaluation:
+    """Of a plan whose name would be a picture, and of a single tau."""
+    figures: dict[str, Any] = {"density_by_layer": (0.5,) * layers, "kl_p99": 0.1, "kl_by_sample": (0.1,)}
+    figures |= {"perplexity": 10.0, "accuracy": None, "seconds": 1.0}
+    plans = (
+        PlanResult(name=HOSTILE, density=0.6, kl=0.02, **figures),
+        PlanResult(name="tau=0.8", density=0.5, kl=0.3, **figures),
+    )
+    return Evaluation(DenseResult(9.0, None, 1.0), plans, (HOSTILE,), 1, 1000, 0)
 
 
 class Opened:
@@ -149,6 +164,22 @@ def test_hover_tells_the_head(opened: Callable[..., Opened]) -> None:
     told = page.locator("#vg-tooltip-element").inner_text()
     for word in ("layer", "head", "tau", "density", "output error", "KL alone"):
         assert word in told
+    one.check()
+
+
+def test_hostile_names_in_tooltips_are_text(opened: Callable[..., Opened]) -> None:
+    page = (one := opened()).ready()
+    told = []
+    for mark in page.locator("#chart-front .mark-symbol path[fill='var(--ink)']").all():
+        mark.scroll_into_view_if_needed()
+        box = mark.bounding_box()
+        for step in (4, 5):  # the first move may only end the tooltip before
+            page.mouse.move(box["x"] + step, box["y"] + step)
+        page.wait_for_selector("#vg-tooltip-element.visible")
+        told.append(page.locator("#vg-tooltip-element").inner_text())
+    assert len(told) == 2 and "null" not in "".join(told)
+    assert any(HOSTILE in text for text in told)
+    assert page.locator("img").count() == 0
     one.check()
 
 
@@ -300,6 +331,6 @@ def test_without_charts_the_figures_stay(browser: Any, pages: dict[str, Path], l
     text = page.locator("main").inner_text()
     assert "On held-out data: balanced" in text and "fast not verified" in text
     page.locator("#front summary").first.click()
-    assert page.locator("#table-marks tbody tr").count() == 3
+    assert page.locator("#table-marks tbody tr").count() == 5
     assert page.locator("#table-marks tbody tr").first.is_visible()
     context.close()

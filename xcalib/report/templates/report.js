@@ -90,12 +90,20 @@
       if (signals.length) view.run();
     }
   };
+  // Rows of a tooltip; what a mark does not have, as an interval, is left out.
+  const escaped = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
+  const tooltipRows = (value) => {
+    const shown = Object.entries(value).filter(([, said]) => said !== null && said !== "null");
+    const row = ([key, said]) => `<tr><td class="key">${escaped(key)}</td><td class="value">${escaped(said)}</td></tr>`;
+    return `<table><tbody>${shown.map(row).join("")}</tbody></table>`;
+  };
   const draw = async (name, datasets, canvas = false) => {
     if (!specs[name] || !$(`chart-${name}`)) return null;
     let spec = { ...specs[name], datasets };
     if (canvas) spec = withParameters(spec);
     const made = await window.vegaEmbed($(`chart-${name}`), spec, {
       actions: false, renderer: canvas ? "canvas" : "svg", logLevel: 1, // empty layers are no news
+      tooltip: { formatTooltip: tooltipRows },
       loader: { load: () => Promise.reject(new Error("nothing is loaded")) },
     });
     views.set(name, made.view);
