@@ -86,11 +86,21 @@ def test_a_file_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_profile("smollm2-135m").model.layers == 6
 
 
+def test_a_folder_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2-135m", "other"):
+        (tmp_path / name).mkdir()
+    assert load_profile("smollm2-135m").model.layers == 30
+    with pytest.raises(ProfileError, match="other: not a file"):
+        load_profile("other")
+
+
 @pytest.mark.parametrize("name", ["smollm3", "gone-7b", "qwen2.5"])
 def test_unknown_names_are_told_the_known_ones(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ProfileError, match=rf"^{name}: no such file, .* shipped .* there is: retrieval-4m, smollm2-135m$"
+        ProfileError,
+        match=rf"^{name}: no such file, .* shipped .* there is: retrieval-4m, smollm2-135m(; did you mean .*)?$",
     ):
         load_profile(name)
 

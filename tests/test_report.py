@@ -1,6 +1,7 @@
 """The report: figures, packing, refusals, escaping, size, PNGs, the card, and what the command says."""
 
 import base64
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -291,6 +292,31 @@ def test_evaluation_that_is_not_json(like_demo: Inputs, tmp_path: Path, text: st
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ReportError, match=r"bad\.json"):
         read_evaluation(tmp_path / "bad.json", like_demo.profile)
+
+
+def test_published_single_taus_are_told_from_the_profiles_own(like_demo: Inputs, tmp_path: Path) -> None:
+    def rename(data: dict[str, Any]) -> None:
+        for plan in data["plans"][4:]:
+            plan["name"] = f"published {plan['name']}"
+
+    evaluated = read_evaluation(changed_demo(tmp_path, rename), like_demo.profile)
+    assert evaluated.single_method == like_demo.profile.method
+    assert evaluated.method_of("tau=0.5") == like_demo.profile.method
+    assert evaluated.method_of("published tau=0.5") == published(like_demo.profile.method) != like_demo.profile.method
+    assert evaluated.method_of("balanced") is None
+    inputs = dataclasses.replace(like_demo, evaluations=(evaluated,))
+    groups = {mark.name: mark.group for mark in marks(inputs)}
+    (renamed,) = {group for name, group in groups.items() if name.startswith("published")}
+    assert renamed == "single tau (published rule: antidiagonal, order score, S 16, B 64)"
+    assert {group for name, group in groups.items() if name.startswith("tau=")} != {renamed}
+
+
+def test_points_of_another_profile_are_called_so(like_demo: Inputs, tmp_path: Path) -> None:
+    first = like_demo.evaluations[0].found.plans[0].name
+    evaluated = read_evaluation(changed_demo(tmp_path, lambda d: d["plans"][0].update(name="other")), like_demo.profile)
+    inputs = dataclasses.replace(like_demo, evaluations=(evaluated,))
+    groups = {mark.name: mark.group for mark in marks(inputs)}
+    assert groups["other"] == "another profile's point" and groups[first] == "operating point"
 
 
 def test_evaluation_without_profile_used_the_published_rule(like_demo: Inputs, tmp_path: Path) -> None:

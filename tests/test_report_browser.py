@@ -170,7 +170,10 @@ def test_hover_tells_the_head(opened: Callable[..., Opened]) -> None:
 def test_hostile_names_in_tooltips_are_text(opened: Callable[..., Opened]) -> None:
     page = (one := opened()).ready()
     told = []
-    for mark in page.locator("#chart-front .mark-symbol path[fill='var(--ink)']").all():
+    filled = (
+        "#chart-front .mark-symbol path:is([fill='var(--ink)'], [fill='var(--c4)'])"  # the point, and another profile's
+    )
+    for mark in page.locator(filled).all():
         mark.scroll_into_view_if_needed()
         box = mark.bounding_box()
         for step in (4, 5):  # the first move may only end the tooltip before

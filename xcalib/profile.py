@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from xcalib import _yaml
 from xcalib._reading import read_regular
+from xcalib._suggest import nearest
 from xcalib.errors import ModelError, ProfileError
 
 __all__ = [
@@ -529,15 +530,19 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
 
 def read_profile(name: str) -> bytes:
     """The bytes of a profile file, or of a shipped profile, as :func:`load_profile` finds it; ProfileError if there is none."""
-    if os.path.lexists(name) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name.endswith(SUFFIXES):
+    if name.endswith(SUFFIXES) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         return read_regular(name, _yaml.MAX_BYTES)
     from xcalib import profiles
 
+    # A folder of this name, of a profile's work say, is not in the way.
+    if os.path.lexists(name) and not (Path(name).is_dir() and name in profiles.names()):
+        return read_regular(name, _yaml.MAX_BYTES)
     try:
         return profiles.read(name)
     except KeyError:
-        known = ", ".join(profiles.names())
-        raise _yaml.fault(name, None, f"no such file, and no shipped profile of this name; there is: {known}") from None
+        known = profiles.names()
+        said = f"no such file, and no shipped profile of this name; there is: {', '.join(known)}{nearest(name, known)}"
+        raise _yaml.fault(name, None, said) from None
 
 
 def parse_profile(text: str | bytes, *, name: str = "<profile>", json: bool | None = None) -> Profile:

@@ -1,22 +1,23 @@
 """``xcalib report``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from xcalib.cli import options as opt
+from xcalib.cli.completion import complete_model, complete_profile
 from xcalib.cli.output import console, print_json, status
-from xcalib.collect import load_curve_sets
-from xcalib.data import load_samples
 from xcalib.errors import DataError, ReportError
-from xcalib.profile import Profile, load_profile
+
+if TYPE_CHECKING:
+    from xcalib.profile import Profile
 
 __all__ = ["report"]
 
 
 def report(
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.")],
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.", autocompletion=complete_profile)],
     curves: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the curves that it was searched on.")
     ] = None,
@@ -28,7 +29,11 @@ def report(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help=f"{opt.MODEL_HELP} Runs one sample, for pictures of what heads keep."),
+        typer.Option(
+            metavar="MODEL",
+            help=f"{opt.MODEL_HELP} Runs one sample, for pictures of what heads keep.",
+            autocompletion=complete_model,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page, one HTML file.")] = Path("report.html"),
     png: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the charts as PNG files.")] = None,
@@ -42,6 +47,8 @@ def report(
 
     Files that exist are replaced. The page needs the extra `report`.
     """
+    from xcalib.collect import load_curve_sets
+    from xcalib.profile import load_profile
     from xcalib.report import (
         Inputs,
         check_curves,
@@ -88,8 +95,9 @@ def _check_outputs(out: Path, png: Path | None, card: Path | None) -> None:
         raise ReportError(f"{png}: is not a folder")
 
 
-def _attention(profile: Profile, name: str, device: str | None, dtype: str, trust_remote_code: bool) -> Any:
+def _attention(profile: "Profile", name: str, device: str | None, dtype: str, trust_remote_code: bool) -> Any:
     """Pictures from the first held-out sample of the kind of data that the profile was calibrated on."""
+    from xcalib.data import load_samples
     from xcalib.report import attention_pictures
     from xcalib.runtime import check_fits
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import altair as alt
 
-from xcalib.report.front import LINE_NAMES, Group
+from xcalib.report.front import LINE_NAMES, POINT, Group
 from xcalib.report.theme import SERIES, config
 
 __all__ = ["curve_chart", "front_chart", "heatmap", "held_chart", "length_chart"]
@@ -72,9 +72,12 @@ def front_chart(groups: list[Group], width: int | None = None) -> Spec:
     """Density against KL: data ``lines`` (predicted) and ``marks`` (predicted hollow, measured filled, with intervals)."""
     axis = _log_axis("KL from dense, nats per token (log)")
     x = alt.X(
-        "density:Q", title="density: blocks computed over visible blocks", axis=alt.Axis(format=".0%", tickCount=8)
+        "density:Q",
+        title="density: blocks computed over visible blocks",
+        axis=alt.Axis(format=".0%", tickCount=8),
+        scale=alt.Scale(zero=False, nice=False, padding=24),
     )
-    y = alt.Y("kl:Q", scale=alt.Scale(type="log"), axis=axis)
+    y = alt.Y("kl:Q", scale=alt.Scale(type="log", nice=False, padding=18), axis=axis)
     legend = (
         None
         if width is None
@@ -86,7 +89,9 @@ def front_chart(groups: list[Group], width: int | None = None) -> Spec:
         size=230, strokeWidth=1.8, opacity=1, fill="var(--page)", aria=False
     )
     filled = marks.transform_filter("datum.kind == 'measured'").mark_point(size=100, filled=True, opacity=1, aria=False)
-    named = marks.transform_filter("datum.label").encode(x=x, y=y, text="label:N")
+    points = f"datum.group == '{POINT}'"
+    named = marks.transform_filter(f"datum.label && {points}").encode(x=x, y=y, text="label:N")
+    taus = marks.transform_filter(f"datum.label && !({points})").encode(x=x, y=y, text="label:N")
     label: dict[str, Any] = {"align": "left", "dx": 12, "dy": -10, "fontWeight": 600, "aria": False}
     scale = alt.Scale(domain=[group.name for group in groups], range=[group.shape for group in groups])
     looks = {"x": x, "y": y, "shape": alt.Shape("group:N", scale=scale, legend=None), "tooltip": _mark_tooltip()}
@@ -98,6 +103,7 @@ def front_chart(groups: list[Group], width: int | None = None) -> Spec:
         filled.encode(color=color, **looks),
         named.mark_text(**label, stroke="var(--page)", strokeWidth=4, strokeJoin="round", opacity=0.9),
         named.mark_text(**label),
+        taus.mark_text(align="left", dx=9, dy=-1, fontSize=10, color="var(--muted)", aria=False),
     )
     return _finished(chart, 420, "Density against KL on a log scale", width)
 

@@ -7,13 +7,18 @@ from typing import Any
 from xcalib.evaluation import LengthResult
 from xcalib.profile import Evidence, OperatingPoint, Profile
 from xcalib.report.front import method_name
-from xcalib.report.inputs import SINGLE, Inputs
+from xcalib.report.inputs import Inputs
 from xcalib.report.words import count, interval, keys_in, kl, number, percent
 from xcalib.search.gate import Verdict, judge
 
 __all__ = ["PointRow", "data_notes", "facts", "headline", "length_rows", "point_rows", "recipe_lines"]
 
-WORDS = {"met": "verified", "uncertain": "not refuted", "missed": "missed", "unmeasured": "not verified"}
+WORDS = {
+    "met": "verified",
+    "uncertain": "passed, within the interval",
+    "missed": "missed",
+    "unmeasured": "not verified",
+}
 SAID = {True: "verified", False: "not verified", None: "no verdict"}
 
 
@@ -113,16 +118,22 @@ def headline(rows: list[PointRow]) -> tuple[str, str]:
     if missed:
         return "missed", f"Held-out data say that {_names(missed)} {_misses(len(missed))}."
     if len(met) == total:
-        points = (
-            "The operating point meets its target" if total == 1 else f"All {total} operating points meet their targets"
-        )
+        points = "The operating point meets its target" if total == 1 else f"{_all(total)} meet their targets"
         return "met", f"{points} on data that the search never saw."
     if len(unmeasured) == total:
         none = "The operating point is" if total == 1 else f"None of the {total} operating points is"
         return "unmeasured", f"{none} {'not ' if total == 1 else ''}verified on held-out data."
-    said = ((met, "verified"), (unsure, "not refuted, but too uncertain to tell"), (unmeasured, "not verified"))
+    within = "above target by less than the samples can tell"
+    if len(unsure) == total:
+        points = "The operating point passes" if total == 1 else f"{_all(total)} pass"
+        return "uncertain", f"{points} on held-out data, {within}."
+    said = ((met, "verified"), (unsure, within), (unmeasured, "not verified"))
     parts = [f"{_names(names)} {text}" for names, text in said if names]
     return ("uncertain" if not unmeasured else "unmeasured"), f"On held-out data: {'; '.join(parts)}."
+
+
+def _all(total: int) -> str:
+    return "Both operating points" if total == 2 else f"All {total} operating points"
 
 
 def _misses(number_of: int) -> str:
@@ -215,8 +226,9 @@ def data_notes(inputs: Inputs) -> list[str]:
             )
     for evaluated in inputs.evaluations:
         found = evaluated.found
-        single = any(plan.name.startswith(SINGLE) for plan in found.plans)
-        method = f"; its single taus were used with {method_name(evaluated.single_method)}" if single else ""
+        used = dict.fromkeys(filter(None, (evaluated.method_of(plan.name) for plan in found.plans)))
+        methods = " and ".join(map(method_name, used))
+        method = f"; its single taus were used with {methods}" if used else ""
         notes.append(
             f"{evaluated.source}: {count(found.samples, 'sample')}, {found.tokens:,} tokens from "
             f"{', '.join(found.sources)}{method}."
@@ -238,10 +250,13 @@ def _option(value: Any) -> str:
 def length_rows(inputs: Inputs) -> list[dict[str, Any]]:
     """Density and KL by length, predicted and held out; nothing where no figures are parted by length."""
     rows = [row for point in inputs.profile.points for row in _length_rows(point)]
+    known = {(row["name"], row["length"], row["density"], row["kl"]) for row in rows}
     for evaluated in inputs.evaluations:
         for part in evaluated.found.by_length:
             length, start = _served(inputs.profile, part)
             for plan in part.plans:
+                if (plan.name, length, plan.density, plan.kl) in known:
+                    continue  # the profile's own evidence
                 rows.append(
                     _length_row(plan.name, "measured", length, start, plan, plan.kl_interval)
                     | {"source": evaluated.source, "samples": part.samples}

@@ -1,6 +1,7 @@
 """Density against KL: what the curves predict for the search and its rivals, and what was measured."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ from xcalib.collect import Curves
 from xcalib.errors import DataError, TargetError
 from xcalib.evaluation import uniform_at
 from xcalib.evaluation.results import PlanResult
+from xcalib.evaluation.uniform import PUBLISHED, UNIFORM
 from xcalib.profile import Method, OperatingPoint
-from xcalib.report.inputs import PUBLISHED, SINGLE, Inputs
+from xcalib.report.inputs import PUBLISHED_RULE, Inputs
 from xcalib.search.knapsack import knapsack
 from xcalib.search.lengths import pooled_prediction
 from xcalib.search.objectives import OBJECTIVE_NAMES, Objective
@@ -20,6 +22,7 @@ from xcalib.search.plan import Planned, Tables, uniform_thresholds
 
 __all__ = [
     "LINE_NAMES",
+    "POINT",
     "Group",
     "Mark",
     "Rival",
@@ -39,7 +42,7 @@ BUDGETS = 28
 PAPER_BUDGETS = ((600, 10), (2000, 6), (20_000, 3))
 PAPER_OPERATIONS = 2e8
 
-POINT = "operating point"
+POINT, OTHER = "operating point", "another profile's point"
 SEARCH, SINGLE_TAU, PAPER = "search", "single", "paper"
 LINE_NAMES = {
     SEARCH: "search over the curves",
@@ -115,7 +118,7 @@ class Rival:
 
 def method_name(method: Method) -> str:
     """``rows, order recent, S 16, B 64``; the published rule is called so."""
-    known = "published rule: " if (method.pattern, method.order) == PUBLISHED else ""
+    known = "published rule: " if (method.pattern, method.order) == PUBLISHED_RULE else ""
     return f"{known}{method.pattern}, order {method.order}, S {method.stride}, B {method.block_size}"
 
 
@@ -123,12 +126,13 @@ def marks(inputs: Inputs) -> list[Mark]:
     """Predicted and held-out figures of every operating point, and what the evaluations measured beyond these."""
     found = [mark for point in inputs.profile.points for mark in _point_marks(inputs, point)]
     known = {(mark.name, mark.density, mark.kl) for mark in found}
+    points = {point.name for point in inputs.profile.points}
     for evaluated in inputs.evaluations:
-        single = _single_group(evaluated.single_method)
         for plan in evaluated.found.plans:
             if (plan.name, plan.density, plan.kl) in known:
                 continue  # the profile's own evidence
-            group = single if plan.name.startswith(SINGLE) else POINT
+            method = evaluated.method_of(plan.name)
+            group = (POINT if plan.name in points else OTHER) if method is None else _single_group(method)
             found.append(Mark(plan.name, "measured", group, plan.density, plan.kl, plan.kl_interval, evaluated.source))
     return [mark for mark in found if mark.kl > 0]  # of a dense plan: no place on a log axis
 
@@ -256,10 +260,11 @@ def rivals(inputs: Inputs) -> list[Rival]:
             plan: PlanResult | None = plans.get(point.name)
             if plan is None or plan.kl <= 0:
                 continue
-            try:
-                single = uniform_at(evaluated.found, plan.density)
-            except DataError:
-                continue  # too few single taus, or all on one side
-            method = method_name(evaluated.single_method)
-            found.append(Rival(point.name, plan.density, plan.kl, single.kl, single.tau, method, evaluated.source))
+            for prefix in (PUBLISHED, UNIFORM):
+                with suppress(DataError):  # too few single taus, or all on one side
+                    single = uniform_at(evaluated.found, plan.density, prefix)
+                    method = method_name(evaluated.method_of(prefix) or evaluated.single_method)
+                    found.append(
+                        Rival(point.name, plan.density, plan.kl, single.kl, single.tau, method, evaluated.source)
+                    )
     return found

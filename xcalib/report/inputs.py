@@ -15,6 +15,7 @@ from xcalib.errors import CurvesError, ProfileError, ReportError
 from xcalib.evaluation import Evaluation
 from xcalib.evaluation.by_length import LengthResult
 from xcalib.evaluation.results import PlanResult
+from xcalib.evaluation.uniform import PUBLISHED, UNIFORM
 from xcalib.profile import Method, Profile, explain
 
 __all__ = [
@@ -25,11 +26,11 @@ __all__ = [
     "published",
     "read_evaluation",
     "require_libraries",
+    "tau_of",
 ]
 
 LIBRARIES = ("altair", "jinja2", "vl_convert")
-SINGLE = "tau="  # what the names of single taus begin with
-PUBLISHED = ("antidiagonal", "score")  # pattern and order of the published rule
+PUBLISHED_RULE = ("antidiagonal", "score")  # pattern and order
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,19 @@ class Evaluated:
     Attributes:
         source: the file's name, or what stands for it.
         found: what was measured.
-        single_method: stride, block size, pattern and order that its single taus were used with.
+        single_method: stride, block size, pattern and order that its single taus were used with, but for those whose names say
+            that they go by the published rule.
     """
 
     source: str
     found: Evaluation
     single_method: Method
+
+    def method_of(self, plan: str) -> Method | None:
+        """With what the single tau of this name was used; None for a plan that is none."""
+        if plan.startswith(PUBLISHED):
+            return published(self.single_method)
+        return self.single_method if plan.startswith(UNIFORM) else None
 
 
 @dataclass(frozen=True)
@@ -150,34 +158,43 @@ def _check_plan(plan: PlanResult, name: str) -> None:
     for key, value in figures.items():
         if not 0 <= value <= (1 if key == "density" else 1e6):  # a NaN is in no range
             raise ReportError(f"{name}: {key} of {_yaml.quote(plan.name)} is {value}, which no evaluation gives")
-    if plan.name.startswith(SINGLE):
+    if _is_single(plan.name):
         try:
-            inside = 0 <= float(plan.name.removeprefix(SINGLE)) <= 1
+            inside = 0 <= float(tau_of(plan.name)) <= 1
         except ValueError:
             inside = False
         if not inside:
             raise ReportError(f"{name}: {_yaml.quote(plan.name)} is no single tau between 0 and 1")
 
 
+def _is_single(plan: str) -> bool:
+    return plan.startswith((UNIFORM, PUBLISHED))
+
+
+def tau_of(plan: str) -> str:
+    """The tau in the name of a single tau, any other name as it is."""
+    return plan.removeprefix(PUBLISHED).removeprefix(UNIFORM)
+
+
 def _single_method(found: Evaluation, profile: Profile, *, is_demo: bool) -> Method:
     """With what the single taus of an evaluation were used; the file does not say, the commands' rules do."""
     if is_demo:
         return published(profile.method)
-    if all(plan.name.startswith(SINGLE) for plan in found.plans):  # no profile was given
+    if all(_is_single(plan.name) for plan in found.plans):  # no profile was given
         return Method(stride=16, block_size=128, pattern="antidiagonal", order="score")
     return profile.method
 
 
 def published(method: Method) -> Method:
     """The published rule at a method's stride and block size."""
-    pattern, order = PUBLISHED
+    pattern, order = PUBLISHED_RULE
     return method.model_copy(update={"pattern": pattern, "order": order})
 
 
 def check_evaluation(profile: Profile, evaluated: Evaluated) -> None:
     """Raise ReportError where an evaluation has other layers than the profile's model, or no point of the profile."""
     known = {point.name for point in profile.points}
-    others = [plan.name for plan in evaluated.found.plans if not plan.name.startswith(SINGLE)]
+    others = [plan.name for plan in evaluated.found.plans if not _is_single(plan.name)]
     if others and not known.intersection(others):
         raise ReportError(
             f"{evaluated.source}: evaluates {_yaml.one_line(', '.join(others), 80)}, the profile has "

@@ -106,7 +106,7 @@ def _rows(report: Report) -> dict[str, dict[str, list[Any]]]:
         "lines": _columns(report.line_rows),
         "marks": _columns(report.mark_rows),
         "held": _columns(report.held),
-        "lengths": _columns(report.lengths),
+        "lengths": _columns(report.length_marks),
     }
 
 

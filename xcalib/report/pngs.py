@@ -87,6 +87,6 @@ def _charts(report: Report) -> Iterator[tuple[str, dict[str, Any], dict[str, Any
         yield "pareto", charts.front_chart(report.groups, WIDE), {"lines": report.line_rows, "marks": report.mark_rows}
     if report.held:
         yield "predicted-and-held-out", charts.held_chart(len(report.held), WIDE), {"held": report.held}
-    if report.lengths:
+    if report.length_marks:
         for value, name in (("density", "density-by-length"), ("kl", "kl-by-length")):
-            yield name, charts.length_chart(value, report.length_names, WIDE), {"lengths": report.lengths}
+            yield name, charts.length_chart(value, report.length_names, WIDE), {"lengths": report.length_marks}

@@ -8,7 +8,7 @@ from typing import Any
 from xcalib.report.attention import AttentionPicture
 from xcalib.report.evidence import PointRow, headline, length_rows, point_rows
 from xcalib.report.front import LINE_NAMES, Group, Mark, Rival, front_lines, groups_of, marks, rivals
-from xcalib.report.inputs import Inputs
+from xcalib.report.inputs import Inputs, tau_of
 
 __all__ = ["Report", "summarise"]
 
@@ -70,7 +70,7 @@ class Report:
             if mark.name not in labelled or (mark.kind == "measured" != self.marks[labelled[mark.name]].kind):
                 labelled[mark.name] = place
         return [
-            mark.row() | {"label": mark.name if labelled[mark.name] == place else ""}
+            mark.row() | {"label": tau_of(mark.name) if labelled[mark.name] == place else ""}
             for place, mark in enumerate(self.marks)
         ]
 
@@ -79,10 +79,16 @@ class Report:
         """For the chart, with each line's name."""
         return [row | {"label": LINE_NAMES[row["series"]]} for row in self.lines]
 
+    @cached_property
+    def length_marks(self) -> list[dict[str, Any]]:
+        """Figures by length of the profile's points, for the charts: many single taus would hide them."""
+        names = {point.name for point in self.inputs.profile.points}
+        return [row for row in self.lengths if row["name"] in names]
+
     @property
     def length_names(self) -> list[str]:
-        """Points and single taus that have figures by length, in order."""
-        return list(dict.fromkeys(row["name"] for row in self.lengths))
+        """Points that have figures by length, in order."""
+        return list(dict.fromkeys(row["name"] for row in self.length_marks))
 
     @cached_property
     def missing(self) -> dict[str, str]:
@@ -91,7 +97,7 @@ class Report:
             "heads": bool(self.inputs.curves),
             "front": bool(self.lines or self.marks),
             "curves": bool(self.inputs.curves),
-            "lengths": bool(self.lengths),
+            "lengths": bool(self.length_marks),
             "held": bool(self.held),
             "attention": bool(self.attention),
         }
