@@ -8,7 +8,7 @@ said about a block, before it or in its info string:
   lines against the real commands and options, ``make`` targets, extras of ``pip install``, paths into the checkout; Python is
   compiled and its imports of xcalib are looked up.
 - ``title="NAME"`` in the info string, or a comment ``# NAME`` as the first line: the block is a file of the page's folder by
-  that name, for the blocks after it. A Python file is compiled, and run where a later block runs it.
+  that name, for all blocks of the page. A Python file is compiled, and run where a later block runs it.
 """
 
 import ast
@@ -36,7 +36,9 @@ LANGUAGES = ("bash", "console", "python", "yaml", "json", "toml", "text")
 
 _NOT_RUN = re.compile(r"<!--\s*not run:(.*?)-->\s*$", re.DOTALL)
 _FENCE = re.compile(r"^[ >]*(?:```|~~~)")
-_OPENER = re.compile(r"^(?:!!!|\?\?\?\+?|===[+!]*) ")  # admonitions and tabs of the site: what is indented below is Markdown
+_OPENER = re.compile(
+    r"^(?:!!!|\?\?\?\+?|===[+!]*) "
+)  # admonitions and tabs of the site: what is indented below is Markdown
 _TITLE = re.compile(r'\btitle="([^"]+)"')
 _NAMED = re.compile(r"^# ([\w./-]+\.(?:py|yaml|yml|json|toml|sh))$")
 _ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")
