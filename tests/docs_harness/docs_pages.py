@@ -1,8 +1,8 @@
 """Fenced blocks of Markdown pages, read by a real parser, and what is checked of a block that is not run.
 
-A page is the README or a file of docs/. Every fence names a language of ``LANGUAGES``, so that none escapes; ``bash``, ``console``
-and ``python`` are run (``docs_runner``), ``yaml``, ``json`` and ``toml`` are parsed, ``text`` is output and is left alone. What is
-said about a block, before it or in its info string:
+A page is the README or a file of docs/. Every fence names a language of ``LANGUAGES``, so that none escapes; ``bash``,
+``console`` and ``python`` are run (``docs_runner``), ``yaml``, ``json`` and ``toml`` are parsed, ``text`` is output and
+is left alone. What is said about a block, before it or in its info string:
 
 - ``<!-- not run: REASON -->`` on the line before: it cannot run in a test. It is still checked here: shell syntax, ``xcalib``
   lines against the real commands and options, ``make`` targets, extras of ``pip install``, paths into the checkout; Python is
@@ -110,7 +110,7 @@ def blocks_of(text: str, page: str) -> list[Block]:
 
 
 def _block(page: str, line: int, info: str, code: str, not_run: str | None) -> Block:
-    language = info.split()[0] if info.split() else ""
+    language = info.split(maxsplit=1)[0] if info.split() else ""
     if language not in LANGUAGES:
         said = f"language {language!r} is unknown" if language else "a block without a language"
         raise BlockError(f"{page}:{line - 1}: {said}: one of {', '.join(LANGUAGES)}")
