@@ -23,21 +23,25 @@ from xcalib.models.loading import load_model
 from xcalib.profile import Profile
 
 DOCUMENTATION = Path(__file__).resolve().parent.parent
-COLOURS = ["red", "blue", "green", "white", "black", "brown", "grey", "yellow"]
-THINGS = ["keys", "maps", "lamps", "coins", "ropes", "books", "tools", "cups"]
+TOWNS = ["Bern", "Cork", "Dover", "Genoa", "Lyon", "Malmo", "Porto", "Riga", "Sofia", "Turin", "Vigo", "York"]
 
 
-def write_questions(path: Path, rows: int = 24, records: int = 24) -> None:
+def write_questions(path: Path, rows: int = 24, records: int = 8) -> None:
     """Rows as `jsonl:` reads them: a whole prompt and what its answer must hold."""
     rng = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
-            places = rng.sample(range(100, 1000), records)
-            facts = [(place, rng.randrange(10, 99), rng.choice(COLOURS), rng.choice(THINGS)) for place in places]
-            lines = [f"Shelf {place} holds {count} {colour} {thing}." for place, count, colour, thing in facts]
-            place, count, colour, thing = rng.choice(facts[: records // 2])
-            question = f"Question: What does shelf {place} hold?\nAnswer: Shelf {place} holds"
-            row = {"text": "\n".join(lines) + f"\n\n{question}", "answers": [f"{count} {colour} {thing}"]}
+            numbers = {town: rng.randrange(10_000, 99_999) for town in rng.sample(TOWNS, records)}
+            lines = [
+                f"The office in {town} was visited in May and found in good order; its staff had nothing to report. "
+                f"The number of the office in {town} is {number}."
+                for town, number in numbers.items()
+            ]
+            town = rng.choice(list(numbers)[: records // 2])
+            question = (
+                f"Question: What is the number of the office in {town}?\nAnswer: The number of the office in {town} is"
+            )
+            row = {"text": "\n".join(lines) + f"\n\n{question}", "answers": [str(numbers[town])]}
             file.write(json.dumps(row) + "\n")
 
 
@@ -51,13 +55,17 @@ def describe(name: str, samples: SampleSet) -> None:
 
 def show_evidence(profile: Profile) -> None:
     """What the search expected, and what held-out samples say."""
-    print(f"\n{'point':<10} {'target':<16} {'density':>8} {'KL expected':>12} {'KL measured':>12} {'95% interval':>18} accuracy")
+    print(
+        f"\n{'point':<10} {'target':<16} {'density':>8} {'KL expected':>12} {'KL measured':>12} {'95% interval':>18} accuracy"
+    )
     for point in profile.points:
         expected, found = point.predicted, point.heldout
         if expected is None or found is None:
             continue
         low, high = found.intervals.kl if found.intervals else (float("nan"), float("nan"))
-        answers = "no questions" if found.accuracy is None else f"{found.accuracy:.0%}, dense {found.accuracy_dense:.0%}"
+        answers = (
+            "no questions" if found.accuracy is None else f"{found.accuracy:.0%}, dense {found.accuracy_dense:.0%}"
+        )
         print(
             f"{point.name:<10} {point.target:<16} {found.density:>8.1%} {expected.kl:>12.4f} {found.kl:>12.4f} "
             f"{low:>8.4f} - {high:.4f} {answers}{'' if point.verified else ' (not verified)'}"
@@ -67,12 +75,16 @@ def show_evidence(profile: Profile) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="a Hugging Face id, a folder, a .gguf file, or demo")
-    parser.add_argument("--text", default=str(DOCUMENTATION / "*.md"), help="a file, a folder or a glob; one file is one document")
+    parser.add_argument(
+        "--text", default=str(DOCUMENTATION / "*.md"), help="a file, a folder or a glob; one file is one document"
+    )
     parser.add_argument("--questions", type=Path, help="JSON lines with text and answers; default: made up")
     parser.add_argument("--target", default="density=0.5", help="or kl=0.05, drop=1%%")
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--work", type=Path, default=Path("xcalib-out/own-data"), help="curves, and an interrupted run's progress")
+    parser.add_argument(
+        "--work", type=Path, default=Path("xcalib-out/own-data"), help="curves, and an interrupted run's progress"
+    )
     parser.add_argument("--out", type=Path, default=Path("mine.yaml"))
     options = parser.parse_args()
 

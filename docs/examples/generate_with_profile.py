@@ -27,7 +27,9 @@ NOTE = " (A note: the number is 48213.) "
 def long_prompt(loaded: LoadedModel, tokens: int) -> torch.Tensor:
     """Shipped prose with a note in its middle and a question at its end: ``(1, tokens or so)``."""
     text = (files("xcalib.data.corpus") / "prose" / "emma-01.txt").read_text("utf-8")
-    start, note, end = (loaded.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, NOTE, QUESTION))
+    start, note, end = (
+        loaded.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, NOTE, QUESTION)
+    )
     half = (tokens - len(note) - len(end)) // 2
     return torch.tensor([[*start[:half], *note, *start[half : 2 * half], *end]], device=loaded.model.device)
 
@@ -65,7 +67,9 @@ def in_chunks(loaded: LoadedModel, prompt: torch.Tensor, new_tokens: int, chunk:
 
 def report(stats: dict[str, Any]) -> None:
     """What ``handle.stats()`` holds; a call is one layer's attention."""
-    print(f"  {stats['sparse_calls']} sparse calls, {stats['density']:.1%} of the blocks that causality allows were computed")
+    print(
+        f"  {stats['sparse_calls']} sparse calls, {stats['density']:.1%} of the blocks that causality allows were computed"
+    )
     for reason, count in stats["dense_reasons"].items():
         print(f"  {count} dense calls: {reason}")
     if stats["extrapolated_calls"]:
@@ -80,7 +84,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of the prompt")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a prefill step; whole blocks")
-    parser.add_argument("--work", type=Path, default=Path("xcalib-out/examples"), help="where a small profile's curves are kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("xcalib-out/examples"), help="where a small profile's curves are kept"
+    )
     options = parser.parse_args()
 
     loaded = load_model(options.model)

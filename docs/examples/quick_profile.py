@@ -38,7 +38,9 @@ def quick_profile(loaded: LoadedModel, work: Path, *, num_samples: int = 3, max_
         SPECS, loaded.tokenizer, num_samples=num_samples, max_length=max_length, split="heldout", exclude=used
     )
     print("measuring the thresholds found on held-out text ...")
-    return add_evidence(loaded.model, build_profile(curves, parse_targets(TARGETS)), heldout, tokenizer=loaded.tokenizer)
+    return add_evidence(
+        loaded.model, build_profile(curves, parse_targets(TARGETS)), heldout, tokenizer=loaded.tokenizer
+    )
 
 
 def main() -> None:
