@@ -1,5 +1,6 @@
 """docs/examples: each runs as a process of its own on the tiny model, and prints what it promises; the notebook too."""
 
+import base64
 import json
 import re
 import subprocess
@@ -128,3 +129,50 @@ def test_compare_one_profile_with_itself(place: Path, tiny_folder: Path) -> None
     assert "balanced: 0 of 12 thresholds moved, 0 up, 0 down" in out
     assert "KL of the second over the first: 1.000, 95% interval 1.000 to 1.000" in out
     assert "not told apart" in out
+
+
+def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) -> list[str]:
+    """Every cell, in a kernel of this environment; the text of each code cell's output. Cells that fail raise."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("altair")
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    assert not any(cell.outputs for cell in notebook.cells if cell.cell_type == "code")  # kept without outputs
+    for name, value in settings.items():
+        monkeypatch.setenv(f"XCALIB_{name}", str(value))
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
+    )
+    client.execute()
+    pictures = [
+        output.data
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "execute_result"
+    ]
+    assert len(pictures) == 4
+    assert all(len(base64.b64decode(data["image/png"])) > 4000 for data in pictures)
+    return [
+        "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+def check_notebook(texts: list[str], folder: Path, layers: int, heads: int) -> None:
+    whole = "\n".join(texts)
+    assert f"{layers} layers of {heads} query heads" in whole
+    assert re.search(r"each row of blocks sums to 1\.000", whole)
+    low, high = map(percent, re.findall(r"one head needs (\d+)% of the blocks, another (\d+)%", whole)[0])
+    assert 0 < low < high <= 1
+    figures = re.findall(r"(\S+) +density ([\d.]+)%, KL ([\d.]+) \(([\d.]+) to ([\d.]+)\)", whole)
+    assert [figure[0] for figure in figures] == ["fidelity", "balanced", "tau=0.6", "tau=0.75", "tau=0.9"]
+    assert all(float(lowest) <= float(kl) <= float(highest) for _, _, kl, lowest, highest in figures)
+    assert float(figures[0][2]) < float(figures[1][2])  # fewer blocks, further from dense
+    assert f"{layers} sparse calls computed" in texts[-1]
+    assert xcalib.load_profile(folder / "notebook-profile.yaml").point("balanced").heldout is not None
+
+
+def test_notebook(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = run_notebook(tmp_path, monkeypatch, MODEL=tiny_folder, SAMPLES=2, TOKENS=640)
+    check_notebook(texts, tmp_path, layers=3, heads=4)
