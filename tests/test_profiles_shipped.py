@@ -141,6 +141,21 @@ def test_commands_take_names(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
     assert code == 2 and err.count("\n") == 1 and "smollm2-135m" in err
 
 
+def test_a_function_in_a_shipped_recipe_has_to_be_named_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "docs" / "benchmarks" / "retrieval")
+    command = ["search", "--recipe", "retrieval-4m", "--write-recipe"]
+    code, _, err = run(*command, "no.yaml")
+    assert code == 2 and "is a function" in err and "give --data" in err and not Path("no.yaml").exists()
+    for number, flag in enumerate((["--data", "retrieval_data:samples"], ["-dretrieval_data:samples"])):
+        assert run(*command, f"{number}.yaml", *flag)[0] == 0
+        assert "retrieval_data:samples" in Path(f"{number}.yaml").read_text()
+    code, _, err = run(*command, "no.yaml", "--heldout-data", "builtin")  # another's name does not open this one
+    assert code == 2 and "data: 'retrieval_data:samples' is a function" in err
+
+
 @pytest.mark.model
 def test_the_smollm2_profile_serves_the_demo_model() -> None:
     import torch

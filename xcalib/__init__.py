@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xcalib import search
     from xcalib.evaluation import Evaluation, evaluate
+    from xcalib.models.loading import load_model
     from xcalib.profile import Profile, load_profile, save_profile
     from xcalib.runtime import apply_profile
 
-__all__ = ["Evaluation", "Profile", "apply_profile", "evaluate", "load_profile", "save_profile", "search"]
+__all__ = [
+    "Evaluation",
+    "Profile",
+    "apply_profile",
+    "evaluate",
+    "load_model",
+    "load_profile",
+    "save_profile",
+    "search",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -21,6 +31,7 @@ _HOMES = {
     "Profile": "xcalib.profile",
     "apply_profile": "xcalib.runtime",
     "evaluate": "xcalib.evaluation",
+    "load_model": "xcalib.models.loading",
     "load_profile": "xcalib.profile",
     "save_profile": "xcalib.profile",
 }

@@ -19,7 +19,6 @@ from pathlib import Path
 import xcalib
 from xcalib.collect import CollectSettings
 from xcalib.data import SampleSet, load_samples
-from xcalib.models.loading import load_model
 from xcalib.profile import Profile
 
 DOCUMENTATION = Path(__file__).resolve().parent.parent
@@ -91,7 +90,7 @@ def main() -> None:
     questions = options.questions or Path("questions.jsonl")
     if options.questions is None:
         write_questions(questions)
-    loaded = load_model(options.model)
+    loaded = xcalib.load_model(options.model)
 
     # 1. Samples. Calibration and held-out samples never share a document: each file, and each row, is on one side.
     specs = [f"text:{options.text}", f"jsonl:{questions}"]

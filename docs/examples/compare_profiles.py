@@ -19,7 +19,7 @@ from xcalib.data import SampleSet, load_samples
 from xcalib.evaluation import Evaluation
 from xcalib.evaluation.bootstrap import ratio_interval
 from xcalib.interop import compare_profiles
-from xcalib.models.loading import LoadedModel, load_model
+from xcalib.models.loading import LoadedModel
 from xcalib.profile import Profile
 from xcalib.search import build_profile, parse_targets
 
@@ -84,7 +84,7 @@ def main() -> None:
     if len(options.profiles) not in (0, 2):
         parser.error(f"give two profiles or none, got {len(options.profiles)}")
 
-    loaded = load_model(options.model)
+    loaded = xcalib.load_model(options.model)
     if options.profiles:
         first, second = (xcalib.load_profile(path) for path in options.profiles)
     else:

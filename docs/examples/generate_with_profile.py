@@ -1,6 +1,6 @@
 """Generate text with a profile: prefill attends sparsely, decoding densely.
 
-    python docs/examples/generate_with_profile.py                             # makes a small profile first, a minute or two
+    python docs/examples/generate_with_profile.py   # with the shipped profile
     python docs/examples/generate_with_profile.py --profile demo-profile.yaml --point fidelity
 
 Three ways to serve one long prompt, under the same handle: `model.generate` with streaming; a loop of one's own, whose
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quick_profile import quick_profile
+from quick_profile import profile_for
 from transformers import DynamicCache, TextStreamer
 
 import xcalib
-from xcalib.models.loading import LoadedModel, load_model
+from xcalib.models.loading import LoadedModel
 
 QUESTION = "\n\nQuestion: Which number did the note in the middle of this text give?\nAnswer: The number is"
 NOTE = " (A note: the number is 48213.) "
@@ -79,7 +79,9 @@ def report(stats: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="a Hugging Face id, a folder, a .gguf file, or demo")
-    parser.add_argument("--profile", type=Path, help="default: a small one is made")
+    parser.add_argument(
+        "--profile", type=Path, help="default: the shipped one for demo; for others a small one is made"
+    )
     parser.add_argument("--point", help="an operating point; default the profile's")
     parser.add_argument("--tokens", type=int, default=1024, help="of the prompt")
     parser.add_argument("--new-tokens", type=int, default=24)
@@ -89,8 +91,8 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    loaded = load_model(options.model)
-    profile = xcalib.load_profile(options.profile) if options.profile else quick_profile(loaded, options.work)
+    loaded = xcalib.load_model(options.model)
+    profile = profile_for(options.profile, loaded, options.work)
     prompt = long_prompt(loaded, options.tokens)
     print(f"a prompt of {prompt.shape[1]} tokens; point {profile.point(options.point).name}")
 

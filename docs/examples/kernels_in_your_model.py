@@ -1,6 +1,6 @@
 """The kernels in a model of your own: a Llama in plain torch, about a hundred lines, that attends by a profile.
 
-    python docs/examples/kernels_in_your_model.py                             # makes a small profile first, a minute or two
+    python docs/examples/kernels_in_your_model.py   # with the shipped profile
     python docs/examples/kernels_in_your_model.py --profile demo-profile.yaml
 
 `xcalib.apply_profile` needs a transformers model. An engine with its own attention needs three functions instead, and the
@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quick_profile import quick_profile
+from quick_profile import profile_for
 
 import xcalib
 from xcalib.kernels import block_density, block_sparse_attention, estimate_blocks, select_blocks
-from xcalib.models.loading import load_model
 from xcalib.profile import Profile
 
 
@@ -150,17 +149,19 @@ def run(model: Any, profile: Profile, point: str | None, tokens: torch.Tensor) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="a Llama: a Hugging Face id, a folder, a .gguf file, or demo")
-    parser.add_argument("--profile", type=Path, help="default: a small one is made")
+    parser.add_argument(
+        "--profile", type=Path, help="default: the shipped one for demo; for others a small one is made"
+    )
     parser.add_argument("--point", help="an operating point; default the profile's")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument(
         "--work", type=Path, default=Path("xcalib-out/examples"), help="where a small profile's curves are kept"
     )
     options = parser.parse_args()
-    loaded = load_model(options.model)
+    loaded = xcalib.load_model(options.model)
     if loaded.model.config.model_type != "llama" or loaded.model.config.rope_parameters.get("rope_type") != "default":
         raise SystemExit(f"{options.model}: the hand-written model is a plain Llama, this is another architecture")
-    profile = xcalib.load_profile(options.profile) if options.profile else quick_profile(loaded, options.work)
+    profile = profile_for(options.profile, loaded, options.work)
     text = (files("xcalib.data.corpus") / "prose" / "emma-01.txt").read_text("utf-8")
     encoded = loaded.tokenizer(text, return_tensors="pt", truncation=True, max_length=options.tokens)
     run(loaded.model, profile, options.point, encoded["input_ids"].to(loaded.model.device))

@@ -12,12 +12,19 @@ from pathlib import Path
 import xcalib
 from xcalib.collect import CollectSettings, Curves, collect, load_curves
 from xcalib.data import load_samples
-from xcalib.models.loading import LoadedModel, load_model
+from xcalib.models.loading import LoadedModel
 from xcalib.profile import Profile
 from xcalib.search import add_evidence, build_profile, parse_targets
 
 TARGETS = ["fidelity:density=0.6", "balanced:density=0.45"]
 SPECS = ["builtin@2", "ruler"]  # shipped text, and tasks that ask for something far back
+
+
+def profile_for(given: Path | None, loaded: LoadedModel, work: Path) -> Profile:
+    """The profile that was given, the shipped one of the demo's model, or a small one that is made now."""
+    if given is not None:
+        return xcalib.load_profile(given)
+    return xcalib.load_profile("smollm2-135m") if loaded.name == "demo" else quick_profile(loaded, work)
 
 
 def quick_curves(loaded: LoadedModel, folder: Path, *, num_samples: int, max_length: int) -> Curves:
@@ -51,7 +58,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--out", type=Path, default=Path("demo-profile.yaml"))
     options = parser.parse_args()
-    loaded = load_model(options.model)
+    loaded = xcalib.load_model(options.model)
     profile = quick_profile(loaded, options.work, num_samples=options.num_samples, max_length=options.max_length)
     xcalib.save_profile(profile, options.out)
     print(f"wrote {options.out}; look at it with: xcalib show {options.out}")

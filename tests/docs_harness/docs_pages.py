@@ -289,6 +289,9 @@ def _check_command(words: list[str], root: Path) -> None:
             raise LookupError(f"{word}: no such file in the checkout")
 
 
+AT_ONCE = ("--install-completion", "--show-completion")
+
+
 def parse_command(arguments: list[str]) -> None:
     """Read ``xcalib ARGUMENTS`` as the program does, and run nothing.
 
@@ -296,6 +299,10 @@ def parse_command(arguments: list[str]) -> None:
         ValueError: no such command or option, or a value that does not do.
     """
     group: Any = typer.main.get_command(app)
+    if arguments and arguments[0] in AT_ONCE:  # these act while they are read: the shell's files would change
+        if not any(arguments[0] in option.opts for option in group.params):
+            raise ValueError(f"xcalib {arguments[0]}: no such option")
+        return
     usage_error: Any = typer.BadParameter.__bases__[0]
     try:
         context = group.make_context("xcalib", list(arguments))

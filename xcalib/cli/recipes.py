@@ -3,6 +3,7 @@
 import inspect
 import types
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -119,6 +120,15 @@ def _command(context: typer.Context) -> Callable[..., Any]:
     return inspect.unwrap(callback)
 
 
+def _is_typed(context: typer.Context, key: str) -> bool:
+    """Whether the option of this long name is among the flags, in any of its forms."""
+    name = _parameters(_command(context))[key][0]
+    forms = next(parameter.opts for parameter in context.command.params if parameter.name == name)
+    short = tuple(form for form in forms if not form.startswith("--"))
+    typed = context.meta.get(_FLAGS, set())
+    return bool(typed & set(forms)) or any(bool(short) and flag.startswith(short) for flag in typed)
+
+
 def _apply(context: typer.Context, file: Path | None) -> Path | None:
     """The recipe's values become the defaults of the command's options, which flags override."""
     if file is not None:
@@ -126,7 +136,11 @@ def _apply(context: typer.Context, file: Path | None) -> Path | None:
 
         command = _command(context)
         parameters = _parameters(command)
-        values = read_recipe(file, options_of(command))
+        options = options_of(command)
+        for key in ("data", "heldout_data"):  # a function that is named on the command line is the caller's own
+            if key in options and _is_typed(context, key):
+                options[key] = replace(options[key], stranger=None)
+        values = read_recipe(file, options)
         for flag in context.meta.get(_FLAGS, set()) & _EXCLUDES.keys():
             for key in _EXCLUDES[flag]:
                 values.pop(key, None)
