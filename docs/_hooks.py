@@ -112,7 +112,8 @@ def _uri(target: Path) -> str:
 
 
 def _listed(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "_")))
+    """Its files, those of its folders too."""
+    return sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith((".", "_")))
 
 
 def _folded(name: str) -> str:
@@ -127,7 +128,11 @@ def _source_file(target: Path, config: MkDocsConfig) -> File:
     title = f"---\ntitle: {target.name}\nsearch:\n  exclude: true\n---\n\n# `{target.as_posix()}`\n\n"
     if path.is_dir():
         base = relpath(target.as_posix().removeprefix("docs/"), PurePosixPath(uri).parent)
-        content = title + "\n".join(f"- [{file.name}]({base}/{file.name})" for file in _listed(path)) + "\n"
+        content = (
+            title
+            + "\n".join(f"- [{file.relative_to(path)}]({base}/{file.relative_to(path)})" for file in _listed(path))
+            + "\n"
+        )
     elif target.suffix == ".py":
         content = f"{title}``````python\n{path.read_text('utf-8').rstrip()}\n``````\n"
     else:

@@ -156,6 +156,34 @@ def test_a_function_in_a_shipped_recipe_has_to_be_named_again(
     assert code == 2 and "data: 'retrieval_data:samples' is a function" in err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "tiny", "--profile", "p.yaml"],
+        ["report", "p.yaml", "--model", "tiny"],
+        ["refine", "p.yaml", "--curves", "c", "--model", "tiny", "--out", "q.yaml"],
+    ],
+    ids=["evaluate", "report", "refine"],
+)
+def test_a_profile_never_says_what_is_run(
+    command: list[str], run: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(tiny_folder)
+    (tmp_path / "planted.py").write_text("open('ran', 'w').close()\n\ndef samples(*_):\n    return []\n")
+    search = ["--max-length", "256", "--num-samples", "1", "--gain-samples", "1", "--block-size", "64", "--work", "c"]
+    target = ["--target", "a:density=0.8", "--rounds", "0", "--heldout-samples", "0", "--data", "builtin:prose"]
+    assert run("search", "tiny", *search, *target, "--out", "made.yaml")[0] == 0
+    (tmp_path / "c").rename(tmp_path / "work")
+    (tmp_path / "work" / "curves").rename(tmp_path / "c")
+    made = load_profile("made.yaml")
+    record = made.calibration.model_copy(update={"sources": ("planted:samples",)})
+    save_profile(make_profile(**{**dict(made), "calibration": record}), "p.yaml")
+    code, _, err = run(*command)
+    assert (code, Path("ran").exists()) == (2, False)
+    assert "'planted:samples' is a function, and a profile may not say what is run: give --data" in err
+
+
 @pytest.mark.model
 def test_the_smollm2_profile_serves_the_demo_model() -> None:
     import torch

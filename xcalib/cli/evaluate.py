@@ -69,7 +69,7 @@ def evaluate(
     if resume and work is None:
         raise typer.BadParameter("needs --work FOLDER", param_hint="--resume")
     from xcalib.collect.units import Units
-    from xcalib.data import pooled
+    from xcalib.data import pooled, recorded_specs
     from xcalib.evaluation import evaluate_plans, plans_to_evaluate
     from xcalib.profile import load_profile
 
@@ -79,12 +79,13 @@ def evaluate(
     record = loaded_profile.calibration if loaded_profile else None
     default = ((record.lengths or (record.max_length,)) if record and record.samples else None) or (opt.DEFAULT_LENGTH,)
     tokens = opt.chosen_lengths(lengths, max_length, min_length, default[-1:] if min_length else default)
+    specs = data or (recorded_specs(record.sources) if record else None)
     loaded = opt.open_model(model, device, dtype, trust_remote_code, device_map)
     plans = plans_to_evaluate(
         loaded.model, loaded_profile, point=point, uniform=uniform or (), published=published or ()
     )
     sets = opt.read_sets(
-        data or (list(record.sources) if record else None),
+        specs,
         loaded,
         tokens,
         num_samples=num_samples or (None if limit else 6),

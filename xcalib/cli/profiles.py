@@ -32,7 +32,7 @@ def profiles(as_json: opt.Json = False) -> None:
         "* default; KL in nats per token, with its interval over held-out samples",
         "look at one:  xcalib show NAME",
         "serve it:     xcalib.apply_profile(model, xcalib.load_profile(NAME))",
-        "make it anew: xcalib search --recipe NAME --out again.yaml",
+        "make it anew: xcalib search --recipe NAME --out again.yaml (data that are a function are named again: --data)",
     ):
         console.print(Text(line), soft_wrap=True)
 

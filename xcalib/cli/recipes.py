@@ -96,13 +96,9 @@ def _plain(callback: Callable[[Any], Any] | None) -> Callable[[Any], object] | N
 
 
 def _no_function(specs: list[str]) -> None:
-    from xcalib.data import parse_specs
+    from xcalib.data import recorded_specs
 
-    for spec in parse_specs(specs):
-        if spec.kind == "function":
-            raise ValueError(
-                f"{spec.name!r} is a function, and a profile's recipe may not say what is run: give --data"
-            )
+    recorded_specs(specs)
 
 
 def _as_text(kind: Any) -> Any:

@@ -107,7 +107,7 @@ def refine(
     if recipe_out is not None:
         write_recipe(context, recipe_out)
         return
-    from xcalib.data import pooled
+    from xcalib.data import pooled, recorded_specs
     from xcalib.profile import load_profile, save_profile
     from xcalib.search import refine_point
 
@@ -117,12 +117,12 @@ def refine(
     name = model or start.model.name
     folder = opt.work_folder(name, work)
     measured = _curves_of(start, length_bin, curves or folder / "curves")
-    loaded = opt.open_model(name, device, dtype, trust_remote_code, device_map)
     record = start.calibration
+    specs = data or recorded_specs(record.sources)
+    loaded = opt.open_model(name, device, dtype, trust_remote_code, device_map)
     every = (max_length,) if max_length else (record.lengths or (record.max_length,))
     own = every[length_bin] if len(every) > 1 else every[0]
     lengths: dict[str, Any] = {"max_length": own, "min_length": min_length}
-    specs = data or list(record.sources)
     used = tuple(record.documents)
     # another seed than the calibration's: other windows of its documents. Validation takes its documents first, new ones.
     drawn: dict[str, Any] = {"split": "calibration", "seed": seed + 1, **lengths}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from xcalib.cli import options as opt
-from xcalib.cli.completion import complete_model, complete_profile
+from xcalib.cli.completion import complete_data, complete_model, complete_profile
 from xcalib.cli.output import console, print_json, status
 from xcalib.errors import DataError, ReportError
 
@@ -33,6 +33,16 @@ def report(
             metavar="MODEL",
             help=f"{opt.MODEL_HELP} Runs one sample, for pictures of what heads keep.",
             autocompletion=complete_model,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="SPEC",
+            help="With --model: the sample's data; default the profile's calibration data.",
+            autocompletion=complete_data,
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page, one HTML file.")] = Path("report.html"),
@@ -65,7 +75,7 @@ def report(
     loaded = load_profile(profile)
     measured = () if curves is None else check_curves(loaded, load_curve_sets(curves), str(curves))
     evaluations = tuple(read_evaluation(path, loaded) for path in evaluation or ())
-    attention = () if model is None else _attention(loaded, model, device, dtype, trust_remote_code)
+    attention = () if model is None else _attention(loaded, model, data, device, dtype, trust_remote_code)
     with status("Drawing the report"):
         made = summarise(Inputs(loaded, measured, evaluations), attention)
         written = write_page(made, out)
@@ -95,21 +105,24 @@ def _check_outputs(out: Path, png: Path | None, card: Path | None) -> None:
         raise ReportError(f"{png}: is not a folder")
 
 
-def _attention(profile: "Profile", name: str, device: str | None, dtype: str, trust_remote_code: bool) -> Any:
-    """Pictures from the first held-out sample of the kind of data that the profile was calibrated on."""
-    from xcalib.data import load_samples
+def _attention(
+    profile: "Profile", name: str, data: list[str] | None, device: str | None, dtype: str, trust_remote_code: bool
+) -> Any:
+    """Pictures from the first held-out sample of ``data``, None for the kind that the profile was calibrated on."""
+    from xcalib.data import load_samples, recorded_specs
     from xcalib.report import attention_pictures
     from xcalib.runtime import check_fits
 
     record = profile.calibration
-    if not record.sources or not record.samples:
+    if not (data or record.sources) or not record.samples:
         raise ReportError("--model: the profile has no record of calibration data to run a sample of")
+    specs = data or recorded_specs(record.sources)
     loaded = opt.open_model(name, device, dtype, trust_remote_code)
     check_fits(loaded.model, profile)
     with status("Looking at attention"):
         try:
             samples = load_samples(
-                list(record.sources), loaded.tokenizer, num_samples=len(record.sources), max_length=record.max_length,
+                specs, loaded.tokenizer, num_samples=len(specs), max_length=record.max_length,
                 seed=record.seed, split="heldout", exclude=record.documents,
             )  # fmt: skip
         except DataError as error:

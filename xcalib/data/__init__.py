@@ -19,7 +19,7 @@ from xcalib.data._plugins import function_samples, hub_samples
 from xcalib.data._ruler import RULER_TASKS, TASKS, check_tasks, ruler_samples
 from xcalib.data._sample import DIGEST_CHARS, Sample, SampleSet, score
 from xcalib.data._sources import builtin_documents, categories, text_documents
-from xcalib.data._specs import SPLITS, Spec, Split, allocate, interleave, parse_specs
+from xcalib.data._specs import SPLITS, Spec, Split, allocate, interleave, parse_specs, recorded_specs
 from xcalib.data._windows import Request, draw
 from xcalib.errors import DataError
 
@@ -43,6 +43,7 @@ __all__ = [
     "parse_lengths",
     "parse_specs",
     "pooled",
+    "recorded_specs",
     "score",
 ]
 

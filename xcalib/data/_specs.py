@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from xcalib._suggest import nearest
 from xcalib.errors import DataError
 
-__all__ = ["ALLOWED", "Spec", "Split", "allocate", "interleave", "parse_specs"]
+__all__ = ["ALLOWED", "Spec", "Split", "allocate", "interleave", "parse_specs", "recorded_specs"]
 
 Split = Literal["calibration", "heldout", "all"]
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -50,6 +50,20 @@ def parse_specs(specs: Sequence[str]) -> tuple[Spec, ...]:
     if not used:
         raise DataError(f"no data asked for: give at least one spec with a positive weight; allowed: {ALLOWED}")
     return used
+
+
+def recorded_specs(sources: Sequence[str]) -> list[str]:
+    """The specs that a profile or a record of one names, to be read again.
+
+    A file may come from a stranger, so it may not say what is run.
+
+    Raises:
+        DataError: one is a Python function, or unknown.
+    """
+    for spec in parse_specs(list(sources)):
+        if spec.kind == "function":
+            raise DataError(f"{spec.name!r} is a function, and a profile may not say what is run: give --data")
+    return list(sources)
 
 
 def _parse(text: str) -> Spec:
