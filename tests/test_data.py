@@ -1,16 +1,20 @@
 """xcalib.data: specs, sources, splits, and what is dropped. See also test_data_sources.py and test_data_ruler.py."""
 
+import json
 import logging
 import re
 import tracemalloc
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from xcalib.data import Sample, SampleSet, load_samples, score
+from xcalib.data._documents import Drops
 from xcalib.data._sample import text_digest
+from xcalib.data._sources import text_documents
 from xcalib.data._specs import allocate, interleave
 from xcalib.errors import DataError
 
@@ -207,12 +211,12 @@ def test_every_document_gives_one_window_before_a_second(folder: Path, tokenizer
 
 def test_windows_of_a_document_do_not_overlap(tmp_path: Path, tokenizer: FakeTokenizer) -> None:
     text = " ".join(f"w{number}" for number in range(1000))
-    (tmp_path / "a.txt").write_text(text)
-    made = load_samples([f"text:{tmp_path / 'a.txt'}"], tokenizer, num_samples=9, max_length=110)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    made = load_samples([f"jsonl:{tmp_path / 'a.jsonl'}"], tokenizer, num_samples=9, max_length=110)
     tokens = [token for window in windows(made) for token in window]
     assert len(set(tokens)) == 9 * 110
     with pytest.raises(DataError, match=r"found 9 of 10 samples of 110 tokens .*about 110 tokens of text are missing"):
-        load_samples([f"text:{tmp_path / 'a.txt'}"], tokenizer, num_samples=10, max_length=110)
+        load_samples([f"jsonl:{tmp_path / 'a.jsonl'}"], tokenizer, num_samples=10, max_length=110)
 
 
 def test_min_length_allows_shorter_windows(tmp_path: Path, tokenizer: FakeTokenizer) -> None:
@@ -333,10 +337,58 @@ def test_huge_file_is_read_and_tokenised_in_pieces(tmp_path: Path, tokenizer: Fa
     assert made.tokens_sha256 == again.tokens_sha256
     text = path.read_text(encoding="utf-8")
     assert all(tokenizer.decode(sample) in text for sample in made.samples)
-    assert made.documents == {text_digest(text)}
+    assert text_digest(text) in made.documents and len(made.documents) == 2  # the file, and the half that was read
 
 
 # --- the split ---
+
+
+@pytest.mark.parametrize("text", [words(3_000, 1), "\ufeff" + words(3_000, 2).replace(" ", "\n"), "ö" * 9_001], ids=len)
+@pytest.mark.parametrize("by", ["file", "folder", "glob"])
+def test_a_single_file_is_cut_in_two(tmp_path: Path, tokenizer: FakeTokenizer, text: str, by: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(text, encoding="utf-8")
+    places = {"file": path, "folder": tmp_path, "glob": tmp_path / "*.txt"}
+    spec = [f"text:{places[by]}"]
+    found = list(text_documents("s", spec[0].removeprefix("text:"), Drops()))
+    plain = text.removeprefix("\ufeff")
+    assert [document.name for document in found] == ["notes.txt (first half)", "notes.txt (second half)"]
+    assert "".join(document.read(0, document.size) for document in found) == plain
+    assert [document.digest for document in found] == [
+        text_digest(document.read(0, document.size)) for document in found
+    ]
+    assert abs(found[0].size - found[1].size) < 0.1 * len(plain.encode())
+    how: dict[str, Any] = {"num_samples": 1, "max_length": 8 if text[0] == "ö" else 200, "min_length": 1}
+    made = load_samples(spec, tokenizer, **how)
+    held = load_samples(spec, tokenizer, **how, split="heldout", exclude=made.documents)
+    assert not made.documents & held.documents
+    (half,) = held.documents
+    assert made.documents == {document.digest for document in found} - {half} | {text_digest(plain)}
+
+
+def test_a_file_and_its_halves_are_told_apart(tmp_path: Path, tokenizer: FakeTokenizer) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(words(3_000, 1))
+    half = load_samples([f"text:{path}"], tokenizer, num_samples=1, max_length=200)
+    (tmp_path / "more.txt").write_text(words(3_000, 2))
+    both = load_samples([f"text:{tmp_path}"], tokenizer, num_samples=2, max_length=200, split="all")
+    assert len(both.documents) == 2  # each a document of its own
+    # calibrated on a half: neither it nor the whole file again, but the other half
+    again = load_samples(
+        [f"text:{tmp_path}"], tokenizer, num_samples=1, max_length=200, split="all", exclude=half.documents
+    )
+    assert again.documents == {text_digest((tmp_path / "more.txt").read_text())}
+    # calibrated on the whole file among others: none of its halves
+    with pytest.raises(DataError, match="no document is left"):
+        load_samples(
+            [f"text:{path}"], tokenizer, num_samples=1, max_length=200, split="heldout", exclude=both.documents
+        )
+
+
+def test_a_small_file_is_not_cut(tmp_path: Path, tokenizer: FakeTokenizer) -> None:
+    (tmp_path / "a.txt").write_text("a few words " * 300)
+    with pytest.raises(DataError, match="a single document cannot serve both"):
+        load_samples([f"text:{tmp_path / 'a.txt'}"], tokenizer, num_samples=1, max_length=20, split="heldout")
 
 
 def test_splits_share_no_document_whatever_the_seed(folder: Path, tokenizer: FakeTokenizer) -> None:

@@ -47,6 +47,8 @@ class Document:
         variant: tells documents apart that are made from the same text, which ``digest`` names.
         question: if it has answers, the document is a whole prompt and never cut.
         ids: given instead of text when a user's function made token ids.
+        whole: digest of the file that this is a half of, and
+        other: that of the other half; empty for a document of its own.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Document:
     variant: str = ""
     question: Question = _NOTHING_ASKED
     ids: Tokens | None = None
+    whole: str = ""
+    other: str = ""
 
     @property
     def category(self) -> str:
@@ -158,10 +162,15 @@ def _take_split(documents: list[Document], split: Split) -> list[Document]:
 
 
 def _unexcluded(spec: str, documents: Sequence[Document], exclude: frozenset[str], drops: Drops) -> list[Document]:
+    left = []
     for document in documents:
-        if document.digest in exclude:
+        # The whole is excluded with each of its halves; without the other half it was used as one document.
+        in_whole = bool(document.whole) and document.whole in exclude and document.other not in exclude
+        if document.digest in exclude or in_whole:
             drops.add(spec, "excluded", document.name)
-    return [document for document in documents if document.digest not in exclude]
+        else:
+            left.append(document)
+    return left
 
 
 def one_line(error: BaseException) -> str:

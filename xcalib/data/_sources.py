@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,7 @@ from xcalib.errors import DataError
 __all__ = ["builtin_documents", "categories", "text_documents"]
 
 _CHUNK = 1 << 20
+_LEAST_TO_HALVE = 4096  # bytes: halves of less serve nobody
 _BOM = codecs.BOM_UTF8
 
 
@@ -64,23 +66,72 @@ def builtin_documents(argument: str) -> list[Document]:
 
 
 def text_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document]:
-    """One document per file of a file, folder (recursive) or glob pattern.
+    """One document per file of a file, folder (recursive) or glob pattern; of a single file its two halves.
 
     Raises:
         DataError: the path does not exist or the pattern matches nothing.
     """
-    for path in _find_files(spec, argument, drops):
+    paths = _find_files(spec, argument, drops)
+    for path in paths:
         try:
-            document = _scan_file(path)
+            scanned = _scan_file(path)
         except NotTextError as error:
             drops.add(spec, error.reason, f"{path.name} {error.place}")
         except OSError as error:
             drops.add(spec, f"unreadable ({type(error).__name__})", path.name)
         else:
-            if document is None:
+            if scanned is None:
                 drops.add(spec, "empty", path.name)
             else:
-                yield document
+                yield from _halves(*scanned) if len(paths) == 1 else scanned[:1]
+
+
+def _halves(document: Document, span: "_Span") -> list[Document]:
+    """A file in two, at the line break after its middle: one half can calibrate, the other be held out."""
+    if span.size < _LEAST_TO_HALVE:
+        return [document]
+    cut = span.cut()
+    halves = (replace(span, size=cut), replace(span, first=span.first + cut, size=span.size - cut))
+    digests = [half.digest() for half in halves]
+    return [
+        replace(
+            document, name=f"{document.name} ({which} half)", digest=digests[index], size=half.size, read=half.read,
+            whole=document.digest, other=digests[1 - index],
+        )
+        for index, (which, half) in enumerate(zip(("first", "second"), halves, strict=True))
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Bytes of a text file, of which nothing is held: ``size`` from ``first`` on."""
+
+    path: Path
+    first: int
+    size: int
+
+    def bytes(self, start: int, stop: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.first + start)
+            return file.read(min(stop, self.size) - start)
+
+    def read(self, start: int, stop: int) -> str:
+        return self.bytes(start, stop).decode("utf-8", "ignore")
+
+    def digest(self) -> str:
+        found = hashlib.sha256()
+        for start in range(0, self.size, _CHUNK):
+            found.update(self.bytes(start, start + _CHUNK))
+        return found.hexdigest()[:DIGEST_CHARS]
+
+    def cut(self) -> int:
+        """Where the second half begins: at a line, or in a file without any at a character."""
+        middle = self.size // 2
+        after = self.bytes(middle, middle + _CHUNK)
+        line = after.find(b"\n") + 1
+        if line and middle + line < self.size:
+            return middle + line
+        return middle + next(index for index, byte in enumerate(after) if byte & 0xC0 != 0x80)
 
 
 def _find_files(spec: str, argument: str, drops: Drops) -> list[Path]:
@@ -124,8 +175,8 @@ def _walk(spec: str, root: Path, drops: Drops) -> list[Path]:
     return sorted(found)
 
 
-def _scan_file(path: Path) -> Document | None:
-    """Check and hash a file in pieces; None when it holds only white space.
+def _scan_file(path: Path) -> tuple[Document, _Span] | None:
+    """Check and hash a file in pieces, and where its text lies; None when it holds only white space.
 
     Raises:
         NotTextError: it holds a NUL byte, or bytes that are not UTF-8.
@@ -142,9 +193,7 @@ def _scan_file(path: Path) -> Document | None:
             size += len(data)
         checker.text(b"", final=True)
 
-    def read(start: int, stop: int) -> str:
-        with path.open("rb") as file:
-            file.seek(skipped + start)
-            return file.read(stop - start).decode("utf-8", "ignore")
-
-    return None if blank or size == 0 else Document(path.name, digest.hexdigest()[:DIGEST_CHARS], size, read)
+    span = _Span(path, skipped, size)
+    return (
+        None if blank or size == 0 else (Document(path.name, digest.hexdigest()[:DIGEST_CHARS], size, span.read), span)
+    )

@@ -109,7 +109,10 @@ class Cutter:
         return None if too_short or too_long else sample
 
     def _sample(self, ids: Tokens) -> Sample:
-        return Sample(self._encoder.with_prefix(ids), self.source, (self.document.digest,))
+        document = self.document
+        # What was calibrated on a half keeps later evaluations from the whole file; held out, the half stands for itself.
+        used = (document.whole,) if document.whole and self._request.split != "heldout" else ()
+        return Sample(self._encoder.with_prefix(ids), self.source, (document.digest, *used))
 
 
 def new_tokens(answers: Sequence[str], encoder: Encoder, *, alternatives: bool = False) -> int:
