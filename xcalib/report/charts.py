@@ -96,10 +96,11 @@ def front_chart(groups: Sequence[Group], line_names: Sequence[str], width: int |
     color = _front_color(groups, "group", legend)
     chart = alt.layer(
         *_front_lines(x, y, groups, legend),
+        # Behind names, over lines but under marks.
+        named.mark_text(**label, stroke="var(--page)", strokeWidth=4, strokeJoin="round", opacity=0.9),
         whiskers.encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=color),
         hollow.encode(color=color, **looks),
         filled.encode(color=color, **looks),
-        named.mark_text(**label, stroke="var(--page)", strokeWidth=4, strokeJoin="round", opacity=0.9),
         named.mark_text(**label),
         taus.mark_text(align="left", dx=9, dy=-1, fontSize=10, color="var(--muted)", aria=False),
     )
