@@ -341,6 +341,18 @@ def test_one_miss_is_enough() -> None:
         enforce(profile, force=True)
 
 
+def test_points_that_nobody_asked_for_are_left_out_where_they_missed() -> None:
+    profile = profile_with(MET, MISSED)
+    with pytest.warns(XcalibWarning, match=r"p1: density=0\.1 missed .*; left out, since nobody asked for this point"):
+        kept = enforce(profile, offered={"p1"})
+    assert [point.name for point in kept.points] == ["p0"] and kept == make_profile(**dict(kept))
+    assert enforce(profile_with(MET, MET), offered={"p1"}).points == profile_with(MET, MET).points
+    with pytest.warns(XcalibWarning, match=r"p1: .*; kept, marked unverified"):
+        assert enforce(profile, force=True, offered={"p1"}) == profile
+    with pytest.raises(TargetMissedError, match=r"^p0: .* missed"):  # what was asked for still stops
+        enforce(profile_with(MISSED, MISSED), offered={"p1"})
+
+
 def test_what_is_not_met_is_warned_of() -> None:
     with pytest.warns(XcalibWarning, match="not refuted on held-out data"):
         enforce(profile_with(("kl=0.01", evidence(kl=0.012, kl_ends=(0.008, 0.02)))))

@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xcalib import profiles
 from xcalib.errors import CurvesError, ReportError
-from xcalib.profile import Evidence, Intervals, Profile, make_profile, save_profile
+from xcalib.profile import Evidence, Intervals, Profile, load_profile, make_profile, save_profile
 from xcalib.search import build_profile
 from xcalib.search.paper import paper_thresholds
 from xcalib.search.plan import Tables
@@ -25,13 +26,14 @@ pytest.importorskip("vl_convert")
 
 from xcalib.report import Inputs, check_curves, front, published, read_evaluation, summarise, write_page, write_pngs
 from xcalib.report.card import render_card
-from xcalib.report.evidence import headline, point_rows
-from xcalib.report.front import front_lines, marks
+from xcalib.report.charts import front_chart, length_chart
+from xcalib.report.evidence import headline, point_rows, unmeasured_lead
+from xcalib.report.front import LINE_NAMES, OTHER, POINT, Mark, front_lines, groups_of, marks, method_name
 from xcalib.report.heads import cells_of, colour_domains, packed_heads
 from xcalib.report.page import MAX_BYTES, render_page, template_text
 from xcalib.report.raster import indexed_png
 from xcalib.report.summary import MISSING
-from xcalib.report.theme import LIGHT
+from xcalib.report.theme import LIGHT, SERIES, in_light, series_look
 from xcalib.report.words import interval, number, percent
 
 Run = Callable[..., tuple[int, str, str]]
@@ -145,6 +147,19 @@ def test_packed_arrays_give_the_figures_back(inputs: Inputs, limit: int, bits: i
     assert taus == pytest.approx(np.array(inputs.profile.points[1].thresholds[0]), abs=1e-5)
 
 
+@pytest.mark.parametrize("tau", [0.99995, 1 - 1e-9])
+def test_only_a_tau_of_one_is_packed_as_one(inputs: Inputs, tau: float) -> None:
+    """The page takes 1, after rounding to four digits, for dense."""
+    point = inputs.profile.points[0]
+    taus = [[[tau, 1.0, 0.998, 0.5] if layer != 1 else [1.0] * 4 for layer in range(4)]]
+    moved = point.model_copy(update={"thresholds": taus})
+    profile = make_profile(**{**dict(inputs.profile), "points": (moved,), "default_point": point.name})
+    packed = packed_heads(Inputs(profile, inputs.curves))
+    shown = unpacked(packed["cells"][0][0]["tau"], 16).reshape(4, 4)
+    assert (shown[0, :2].round(4) == (0.9999, 1)).all() and shown[0, 1] == 1
+    assert shown[0, 2:].round(4).tolist() == [0.998, 0.5]
+
+
 def test_colours_of_all_points_are_the_same(inputs: Inputs) -> None:
     domains = colour_domains(inputs)
     assert domains["tau"] == (0, 1)
@@ -247,8 +262,81 @@ def test_single_taus_of_another_method_say_so(like_demo: Inputs) -> None:
     page = render_page(report)
     assert f"{names[1]}, measured" in page
     assert "another pattern or order are another method" in page
-    own = (report.groups[1].shape, report.groups[1].colour)
-    assert own != ("triangle-up", "c2")  # which is a single tau of the profile's own method
+    assert report.groups[1].look == front.PUBLISHED_LOOK != front.OWN_LOOK
+
+
+def of_every_kind(inputs: Inputs, rules: int) -> list[Mark]:
+    """A mark of each kind of group, with single taus by the profile's method, the published rule and some others."""
+    own = inputs.profile.method
+    others = [published(own).model_copy(update={"block_size": 128 << n}) for n in range(rules)]
+    singles = [f"single tau ({method_name(method)})" for method in (own, published(own), *others)]
+    return [Mark("x", "measured", group, 0.5, 0.1, None, "test") for group in (OTHER, *reversed(singles), POINT)]
+
+
+def test_every_kind_of_group_has_a_look_of_its_own(inputs: Inputs) -> None:
+    found = groups_of(inputs, of_every_kind(inputs, rules=8))
+    looks = {group.name: group.look for group in found}
+    assert len(looks) == len(set(looks.values())) == 12
+    assert not {look.colour for look in looks.values()} & set(SERIES[:3])  # the lines have these
+    kinds = [*found[:3], found[-1]]
+    for rules in (0, 3):  # a kind looks alike whatever else is there
+        fewer = groups_of(inputs, of_every_kind(inputs, rules))
+        assert [*fewer[:3], fewer[-1]] == kinds and len(fewer) == 4 + rules
+    assert groups_of(inputs, of_every_kind(inputs, 0)[:1]) == [found[0], found[-1]]
+    antidiagonal = make_profile(**{**dict(inputs.profile), "method": published(inputs.profile.method)})
+    (_, own) = groups_of(Inputs(antidiagonal), of_every_kind(Inputs(antidiagonal), 0)[1:])
+    assert own.look == front.OWN_LOOK  # where the profile's own rule is the published one
+
+
+def scales(node: Any, channel: str) -> Iterator[dict[str, str]]:
+    """What the scales of a channel map names to, in all layers that have a legend."""
+    if isinstance(node, dict):
+        encoding = node.get("encoding", {}).get(channel, {})
+        if encoding.get("legend") and "domain" in encoding.get("scale", {}):
+            yield dict(zip(map(str, encoding["scale"]["domain"]), map(str, encoding["scale"]["range"]), strict=True))
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from scales(child, channel)
+
+
+def test_no_two_entries_of_the_picture_s_legend_are_alike(inputs: Inputs) -> None:
+    import vl_convert
+
+    groups = groups_of(inputs, of_every_kind(inputs, rules=4))
+    spec = front_chart(groups, summarise(inputs).line_names, 860)
+    merged: dict[str, tuple[str, ...]] = {}
+    for channel in ("color", "shape", "strokeDash"):
+        found = list(scales(spec, channel))
+        assert found and all(one == found[0] for one in found)
+        for name, value in found[0].items():
+            merged[name] = (*merged.get(name, ()), value)
+    assert len(merged) == 11 == len(set(merged.values()))
+    names = [group.name for group in groups]
+    for lines in ([], list(LINE_NAMES.values())):
+        vega = vl_convert.vegalite_to_vega(in_light(front_chart(groups, lines, 860)))
+        (legend,) = vega["legends"]  # merged: colour, shape and dash in one
+        assert {"stroke", "shape", "strokeDash"} <= set(legend) and legend["values"] == [*names, *lines]
+
+
+def test_points_of_many_names_look_different(inputs: Inputs) -> None:
+    names = [f"p{n}" for n in range(9)]
+    spec = length_chart("kl", names, 860)
+    (colours, *_), (shapes, *_) = list(scales(spec, "color")), list(scales(spec, "shape"))
+    assert list(colours) == list(shapes) == names
+    assert len({(colours[name], shapes[name]) for name in names}) == 9
+    assert len({series_look(index) for index in range(16)}) == 16
+    point = {"kind": "measured", "length": "1,000 tokens", "start": 1000, "density": 0.5, "kl": 0.1, "low": None}
+    point |= {"high": None, "samples": 1, "source": "test"}
+    profile = make_profile(
+        **{**dict(inputs.profile), "points": [inputs.profile.points[0].model_copy(update={"name": n}) for n in names]}
+        | {"default_point": "p0"}
+    )
+    report = dataclasses.replace(summarise(Inputs(profile)), lengths=[{**point, "name": name} for name in names])
+    key = render_page(report).partition('id="lengths"')[2].partition("</ul>")[0]
+    drawn = re.findall(r'class="(c\d)" aria-hidden="true"><path d="([^"]+)"/></svg>(p\d)', key)
+    assert [name for _, _, name in drawn] == names
+    assert [f"var(--{colour})" for colour, _, _ in drawn] == [colours[name] for name in names]
+    assert len({(colour, path) for colour, path, _ in drawn}) == 9
+    assert len({(path, shapes[name]) for _, path, name in drawn}) == 4  # a path for each of the chart's shapes
 
 
 def test_rival_is_the_demos_comparison(like_demo: Inputs) -> None:
@@ -258,6 +346,19 @@ def test_rival_is_the_demos_comparison(like_demo: Inputs) -> None:
     assert rival.kl_single == pytest.approx(said["kl_uniform"])
     assert rival.tau == pytest.approx(said["tau_uniform"])
     assert "3.16 times the KL" not in render_page(summarise(like_demo))  # no held-out figures of its own: no sentence
+    report = summarise(dataclasses.replace(like_demo, profile=with_evidence(like_demo.profile)))
+    of_balanced = next(one for one in report.rivals if one.point == report.inputs.profile.default_point)
+    assert of_balanced == rival
+    method = "published rule: antidiagonal, order score, S 16, B 64"
+    page = " ".join(render_page(report).split())
+    assert (
+        f"One tau for all heads that keeps as many blocks ({rival.tau:.3f}, between measured ones; {method}) costs "
+        f"{number(rival.kl_single)} nats, 3.16 times the KL."
+    ) in page
+    assert (
+        f"At {percent(rival.density)} of the blocks one tau for all heads ({rival.tau:.3f}, between measured ones; {method}) "
+        f"has a KL of {number(rival.kl_single)}, 3.16 times the KL of `balanced` ({number(rival.kl_point)})."
+    ) in render_card(report, "p.yaml")
 
 
 def changed_demo(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
@@ -373,6 +474,70 @@ def test_verdicts_in_words(inputs: Inputs) -> None:
     assert "fidelity verified; balanced and fast not verified" in headline(point_rows(mixed))[1]
 
 
+def test_a_point_within_its_interval_is_called_verified_everywhere(inputs: Inputs, tmp_path: Path, run: Run) -> None:
+    points = []
+    for point in with_evidence(inputs.profile).points:
+        assert point.heldout is not None
+        points.append(point.model_copy(update={"target": f"kl={point.heldout.kl / 1.1}"}))
+    profile = make_profile(**{**dict(inputs.profile), "points": tuple(points)})
+    rows = point_rows(profile)
+    assert {(row.outcome, row.word) for row in rows} == {("uncertain", "verified, within the interval")}
+    within = "above target by less than the samples can tell"
+    assert headline(rows) == ("uncertain", f"All 3 operating points are verified on held-out data, {within}.")
+    assert headline(rows[:1])[1] == f"The operating point is verified on held-out data, {within}."
+    met = point_rows(inputs.profile)[1:]
+    assert headline([rows[0], *met])[1] == f"On held-out data: balanced and fast verified; fidelity verified, {within}."
+    report = summarise(Inputs(profile))
+    for text in (render_page(report), render_card(report, "p.yaml")):
+        assert text.count("verified, within the interval") == 3 and "passed" not in text
+    save_profile(profile, tmp_path / "p.yaml")
+    code, out, _ = run("show", str(tmp_path / "p.yaml"))
+    assert code == 0 and " ".join(out.split()).count("; verified") == 3
+
+
+def without_figures(profile: Profile, **lacking: Sequence[str]) -> Profile:
+    """The profile with ``heldout`` or ``predicted`` taken from the named points."""
+    points = []
+    for point in profile.points:
+        changes: dict[str, Any] = {key: None for key, names in lacking.items() if point.name in names}
+        points.append(point.model_copy(update=changes | ({"verified": False} if "heldout" in changes else {})))
+    return make_profile(**{**dict(profile), "points": tuple(points)})
+
+
+ALL = ("fidelity", "balanced", "fast")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [
+        ({"heldout": ALL}, "No operating point has held-out figures: what stands here is predicted from calibration samples."),
+        (
+            {"heldout": ALL, "predicted": ["fast"]},
+            "No operating point has held-out figures: what stands here of fidelity and balanced is predicted from "
+            "calibration samples.",
+        ),
+        ({"heldout": ALL, "predicted": ALL}, "No operating point has held-out figures, and nothing was predicted."),
+        (
+            {"heldout": ["balanced"]},
+            "The default point, balanced, has no held-out figures; fidelity and fast have them, its own are predicted from "
+            "calibration samples.",
+        ),
+        (
+            {"heldout": ["balanced", "fast"], "predicted": ["balanced"]},
+            "The default point, balanced, has no held-out figures; fidelity has them, nothing was predicted for it either.",
+        ),
+    ],
+)  # fmt: skip
+def test_the_lead_says_what_there_is(inputs: Inputs, lacking: dict[str, Sequence[str]], said: str) -> None:
+    profile = without_figures(inputs.profile, **lacking)
+    assert unmeasured_lead(point_rows(profile)) == said
+    assert f'<p class="lead">{said}</p>' in render_page(summarise(Inputs(profile)))
+    alone = [row for row in point_rows(profile) if row.is_default]
+    predicted = "predicted" not in lacking or "balanced" not in lacking["predicted"]
+    ends = ": what stands here is predicted from calibration samples." if predicted else ", and nothing was predicted."
+    assert unmeasured_lead(alone) == f"The operating point has no held-out figures{ends}"
+
+
 def test_a_point_is_not_called_verified_where_its_profile_does_not(inputs: Inputs) -> None:
     points = [point.model_copy(update={"verified": False}) for point in inputs.profile.points]
     rows = point_rows(make_profile(**{**dict(inputs.profile), "points": tuple(points)}))
@@ -417,8 +582,28 @@ def test_hostile_text_stays_text(inputs: Inputs) -> None:
     # a curves' file name and an evaluation's reach the page too, both through the same templates
     card = render_card(summarise(Inputs(profile, inputs.curves)), "profile.yaml")
     assert "<img" not in card.replace("'" + HOSTILE.replace("'", "\\'") + "'", "")
-    (line,) = [line for line in card.splitlines() if line.startswith("name = ")]
-    assert eval(line.partition(" = ")[2]) == HOSTILE
+    (line,) = [line for line in card.splitlines() if line.startswith("loaded = ")]
+    assert eval(line.removeprefix("loaded = xcalib.load_model(").removesuffix(")")) == HOSTILE
+
+
+def test_no_text_of_a_profile_becomes_a_link_in_the_card(inputs: Inputs) -> None:
+    sources = (
+        "see https://example.com/a_b",
+        "ftp://example.com",
+        "WWW.example.com",
+        "@octocat",
+        "me@example.com",
+        "builtin@2",
+    )
+    calibration = inputs.profile.calibration.model_copy(update={"sources": sources})
+    profile = renamed(inputs.profile, calibration=calibration, recipe={"data": sources})
+    card = render_card(summarise(Inputs(profile)), "profile.yaml")
+    text = re.sub(r"^```python$.*?^```$", "", card, flags=re.MULTILINE | re.DOTALL)
+    text = text.replace("(https://arxiv.org/abs/2503.16428)", "")  # the card's own
+    assert not re.search(r"://\w|\bwww\.|(?<!\w)@\w|@[\w-]+\.", text, re.IGNORECASE)
+    assert text.count("builtin@2") == 2  # no mention: the text stays as it is
+    seen = re.sub(r"\\(.)", r"\1", re.sub(r"</?span>", "", text))
+    assert seen.count(", ".join(sources)) == 2
 
 
 def test_nothing_is_loaded_from_elsewhere(inputs: Inputs) -> None:
@@ -448,6 +633,11 @@ def test_structure(inputs: Inputs) -> None:
     assert targets <= {f"#{name}" for name in ids}
     charts = [a for _, a in elements if (a.get("class") or "").startswith("chart")]
     assert len(charts) == 7 and all(a.get("aria-label") and a.get("role") for a in charts)
+    maps = [a for a in charts if "map" in (a["class"] or "").split()]
+    assert len(maps) == 3 and {a["role"] for a in maps} == {"application"}
+    assert all("Arrow keys choose a head" in (a["aria-label"] or "") for a in maps)
+    (status,) = [a for _, a in elements if a.get("id") == "no-charts"]
+    assert status["role"] == "status"
 
 
 def test_sections_without_data_say_what_to_pass(inputs: Inputs) -> None:
@@ -540,7 +730,7 @@ def test_contrast_in_every_theme() -> None:
         for text in ("ink", "muted", "good", "unsure", "bad", "link"):
             for behind in ("page", "raised"):
                 assert _contrast(theme[text], theme[behind]) >= 4.5, (text, behind)
-        for series in ("c1", "c2", "c3", "c4", "pick"):
+        for series in ("c1", "c2", "c3", "c4", "c5", "pick"):
             assert _contrast(theme[series], theme["page"]) >= 3, series
 
 
@@ -587,9 +777,46 @@ def test_card(inputs: Inputs) -> None:
     assert {line.count("|") - line.count("\\|") for line in table[:4]} == {10}
     code = card.partition("```python\n")[2].partition("```")[0]
     compile(code, "card", "exec")
-    assert code.count("\n") <= 10 and "load_profile('my profile.yaml')" in code
+    assert code.count("\n") <= 12 and "load_profile('my profile.yaml')" in code
     assert "keeps no recipe" in card and "not verified" not in card
     assert inputs.profile.content_sha256 in card
+
+
+def example(profile: Profile) -> str:
+    code = render_card(summarise(Inputs(profile)), "p.yaml").partition("```python\n")[2].partition("```")[0]
+    compile(code, "card", "exec")
+    assert "max_new_tokens=32" in code
+    return code
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_the_cards_example_loads_the_model_of_a_shipped_profile(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.recipe is not None
+    code = example(profile)
+    assert f"xcalib.load_model({profile.recipe['model']!r})" in code and "from_pretrained" not in code
+
+
+@pytest.mark.parametrize(
+    ("name", "on_hub"),
+    [
+        *[("Qwen/Qwen3-0.6B", True), ("a/b", True), ("org_1/my.model-v2_x", True), ("a/" + "b" * 96, True)],
+        *[("demo", False), ("models/a/b", False), ("./model", False), ("/srv/model", False), ("../model", False)],
+        *[("model.gguf", False), ("org/model.gguf", False), ("org/model.git", False), ("org/a b", False)],
+        *[("org/a--b", False), ("org/a..b", False), ("-org/a", False), ("org/a-", False), ("org/\u00e9", False)],
+        *[("org/", False), ("org/.a", False), ("a/" + "b" * 97, False), ("Some name (Q4_1)", False)],
+    ],
+)
+def test_the_cards_example_takes_ids_of_the_hub_from_there(inputs: Inputs, name: str, on_hub: bool) -> None:
+    def named(**model: Any) -> Profile:
+        model = {**inputs.profile.model.model_dump(), "name": name, **model}
+        return make_profile(**{**dict(inputs.profile), "model": model, "recipe": None})
+
+    code = example(named())
+    assert ("AutoModelForCausalLM.from_pretrained(name).eval()" in code) == on_hub
+    assert (f"xcalib.load_model({name!r})" in code) != on_hub
+    pinned = example(named(commit="0123abc"))
+    assert pinned.count("from_pretrained(name, revision='0123abc')") == (2 if on_hub else 0)
 
 
 def test_card_is_honest_about_points_without_evidence(inputs: Inputs) -> None:

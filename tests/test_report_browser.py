@@ -170,9 +170,7 @@ def test_hover_tells_the_head(opened: Callable[..., Opened]) -> None:
 def test_hostile_names_in_tooltips_are_text(opened: Callable[..., Opened]) -> None:
     page = (one := opened()).ready()
     told = []
-    filled = (
-        "#chart-front .mark-symbol path:is([fill='var(--ink)'], [fill='var(--c4)'])"  # the point, and another profile's
-    )
+    filled = "#chart-front .mark-symbol path:is([fill='var(--ink)'], [fill='var(--muted)'])"  # the point, and another profile's
     for mark in page.locator(filled).all():
         mark.scroll_into_view_if_needed()
         box = mark.bounding_box()
@@ -271,10 +269,11 @@ def test_themes_and_widths(opened: Callable[..., Opened], name: str, viewport: d
     for wanted, colour in (
         ("light", "rgb(255, 255, 255)"),
         ("dark", "rgb(20, 23, 26)"),
-        ("as the system", "rgb(20, 23, 26)"),
+        ("system", "rgb(20, 23, 26)"),
     ):
         button.click()
-        assert page.get_by_role("button", name=f"Colours: {wanted}").count() == 1
+        assert page.get_by_role("button", name=f"Colours: {wanted}", exact=True).count() == 1
+        assert button.inner_text() == f"Colours: {wanted}"
         assert page.evaluate(background) == colour
         seen.append(page.evaluate("document.documentElement.scrollWidth"))
     for details in page.locator("details").all():

@@ -11,7 +11,10 @@ from xcalib.cli.output import console, print_json, status
 from xcalib.errors import DataError, ReportError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from xcalib.profile import Profile
+    from xcalib.report import Inputs
 
 __all__ = ["report"]
 
@@ -57,27 +60,14 @@ def report(
 
     Files that exist are replaced. The page needs the extra `report`.
     """
-    from xcalib.collect import load_curve_sets
-    from xcalib.profile import load_profile
-    from xcalib.report import (
-        Inputs,
-        check_curves,
-        read_evaluation,
-        require_libraries,
-        summarise,
-        write_card,
-        write_page,
-        write_pngs,
-    )
+    from xcalib.report import require_libraries, summarise, write_card, write_page, write_pngs
 
     require_libraries()
     _check_outputs(out, png, card)
-    loaded = load_profile(profile)
-    measured = () if curves is None else check_curves(loaded, load_curve_sets(curves), str(curves))
-    evaluations = tuple(read_evaluation(path, loaded) for path in evaluation or ())
-    attention = () if model is None else _attention(loaded, model, data, device, dtype, trust_remote_code)
+    inputs = _read(profile, curves, evaluation or ())
+    attention = () if model is None else _attention(inputs.profile, model, data, device, dtype, trust_remote_code)
     with status("Drawing the report"):
-        made = summarise(Inputs(loaded, measured, evaluations), attention)
+        made = summarise(inputs, attention)
         written = write_page(made, out)
         pictures = [] if png is None else write_pngs(made, png)
         if card is not None:
@@ -89,6 +79,17 @@ def report(
         result: dict[str, Any] = {"report": str(out), "bytes": written, "png": [str(path) for path in pictures]}
         result |= {"card": None if card is None else str(card), "missing": made.missing}
         print_json(result | {"points": {row.name: row.outcome for row in made.points}, "front": made.line_rows})
+
+
+def _read(profile: Path, curves: Path | None, evaluations: "Sequence[Path]") -> "Inputs":
+    """The profile and what is given beside it, checked to belong together."""
+    from xcalib.collect import load_curve_sets
+    from xcalib.profile import load_profile
+    from xcalib.report import Inputs, check_curves, read_evaluation
+
+    loaded = load_profile(profile)
+    measured = () if curves is None else check_curves(loaded, load_curve_sets(curves), str(curves))
+    return Inputs(loaded, measured, tuple(read_evaluation(path, loaded) for path in evaluations))
 
 
 def _check_outputs(out: Path, png: Path | None, card: Path | None) -> None:

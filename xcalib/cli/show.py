@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from xcalib._words import how_found
 from xcalib.cli import options as opt
 from xcalib.cli.by_length import bin_name, point_by_length
 from xcalib.cli.completion import complete_point, complete_profile
@@ -59,12 +60,7 @@ def render_profile(profile: "Profile", console: Console, point: str | None = Non
     console.print()
     console.print(_points_table(profile))
     for listed in profile.points:
-        trials = [one.trials for one in listed.refined or () if one]
-        refined = f", refined by {' + '.join(map(str, trials))} trials" if trials else ""
-        tried = [one for length_bin in listed.rounds or () for one in length_bin]
-        again = f", {sum(one.taken for one in tried)} of {len(tried)} rounds taken" if tried else ""
-        searched = f"by {listed.method}, least {listed.objective}{again}{refined}"
-        how = "imported" if listed.method == "imported" else searched
+        how = ", ".join(how_found(listed))
         console.print(Text(f"{listed.name}: {listed.target} {how}{_VERIFIED[listed.verified]}"))
     if len(profile.length_bins) > 1:
         console.print()

@@ -1,16 +1,18 @@
 """The charts as Vega-Lite, through Altair; their data come by name, from the page's script or from :mod:`xcalib.report.pngs`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
 
 from xcalib.report.front import LINE_NAMES, POINT, Group
-from xcalib.report.theme import SERIES, config
+from xcalib.report.theme import SERIES, config, series_look
 
 __all__ = ["curve_chart", "front_chart", "heatmap", "held_chart", "length_chart"]
 
 Spec = dict[str, Any]
-DIAMOND, CIRCLE, TRIANGLE = "diamond", "circle", "triangle-up"
+DIAMOND = "diamond"
+DASHES = ([1, 0], [7, 4], [2, 3])  # of the lines of the front
 _TITLES = {"tau": "tau", "density": "density", "error": "output error"}
 # Of a log axis: the powers of ten in full, what lies between faint.
 _POWER = "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-6"
@@ -68,7 +70,7 @@ def _ordinal(count: int, most: int) -> alt.Axis:
     )
 
 
-def front_chart(groups: list[Group], width: int | None = None) -> Spec:
+def front_chart(groups: Sequence[Group], line_names: Sequence[str], width: int | None = None) -> Spec:
     """Density against KL: data ``lines`` (predicted) and ``marks`` (predicted hollow, measured filled, with intervals)."""
     axis = _log_axis("KL from dense, nats per token (log)")
     x = alt.X(
@@ -78,11 +80,8 @@ def front_chart(groups: list[Group], width: int | None = None) -> Spec:
         scale=alt.Scale(zero=False, nice=False, padding=24),
     )
     y = alt.Y("kl:Q", scale=alt.Scale(type="log", nice=False, padding=18), axis=axis)
-    legend = (
-        None
-        if width is None
-        else alt.Legend(orient="bottom", title=None, columns=2, labelLimit=700, symbolType="square")
-    )
+    shown = [group.name for group in groups] + list(line_names)
+    legend = None if width is None else alt.Legend(orient="bottom", title=None, columns=2, labelLimit=700, values=shown)
     marks = alt.Chart(alt.NamedData(name="marks"))
     whiskers = marks.transform_filter("datum.low > 0").mark_rule(strokeWidth=1.5, aria=False)
     hollow = marks.transform_filter("datum.kind == 'predicted'").mark_point(
@@ -93,38 +92,45 @@ def front_chart(groups: list[Group], width: int | None = None) -> Spec:
     named = marks.transform_filter(f"datum.label && {points}").encode(x=x, y=y, text="label:N")
     taus = marks.transform_filter(f"datum.label && !({points})").encode(x=x, y=y, text="label:N")
     label: dict[str, Any] = {"align": "left", "dx": 12, "dy": -10, "fontWeight": 600, "aria": False}
-    scale = alt.Scale(domain=[group.name for group in groups], range=[group.shape for group in groups])
-    looks = {"x": x, "y": y, "shape": alt.Shape("group:N", scale=scale, legend=None), "tooltip": _mark_tooltip()}
+    looks = {"x": x, "y": y, "shape": _front_shape(groups, "group", legend), "tooltip": _mark_tooltip()}
     color = _front_color(groups, "group", legend)
     chart = alt.layer(
         *_front_lines(x, y, groups, legend),
+        # Behind names, over lines but under marks.
+        named.mark_text(**label, stroke="var(--page)", strokeWidth=4, strokeJoin="round", opacity=0.9),
         whiskers.encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=color),
         hollow.encode(color=color, **looks),
         filled.encode(color=color, **looks),
-        named.mark_text(**label, stroke="var(--page)", strokeWidth=4, strokeJoin="round", opacity=0.9),
         named.mark_text(**label),
         taus.mark_text(align="left", dx=9, dy=-1, fontSize=10, color="var(--muted)", aria=False),
     )
     return _finished(chart, 420, "Density against KL on a log scale", width)
 
 
-def _front_lines(x: alt.X, y: alt.Y, groups: list[Group], legend: alt.Legend | None) -> list[alt.Chart]:
+def _front_lines(x: alt.X, y: alt.Y, groups: Sequence[Group], legend: alt.Legend | None) -> list[alt.Chart]:
     lines = alt.Chart(alt.NamedData(name="lines"))
-    dashes = alt.Scale(domain=list(LINE_NAMES.values()), range=[[1, 0], [7, 4], [2, 3]])
+    marked = [group.name for group in groups]
+    dashes = alt.Scale(domain=[*LINE_NAMES.values(), *marked], range=[*DASHES, *([DASHES[0]] * len(marked))])
     drawn = lines.mark_line(strokeWidth=2, interpolate="monotone", clip=True, aria=False).encode(
         x=x,
         y=y,
         color=_front_color(groups, "label", legend),
-        strokeDash=alt.StrokeDash("label:N", scale=dashes, legend=None),
+        strokeDash=alt.StrokeDash("label:N", scale=dashes, legend=legend),
     )
     near = lines.mark_point(size=90, opacity=0, aria=False).encode(x=x, y=y, tooltip=_line_tooltip())
     return [drawn, near]
 
 
-def _front_color(groups: list[Group], field: str, legend: alt.Legend | None) -> alt.Color:
-    """One scale for lines and marks: charts of one axis share their scales."""
-    colours = dict(zip(LINE_NAMES.values(), SERIES, strict=False)) | {g.name: f"var(--{g.colour})" for g in groups}
-    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=legend)
+def _front_color(groups: Sequence[Group], field: str, legend: alt.Legend | None) -> alt.Color:
+    """One scale for lines and marks: charts of one axis share their scales, and scales of one domain their legend."""
+    colours = dict(zip(LINE_NAMES.values(), SERIES, strict=False)) | {g.name: g.look.colour for g in groups}
+    scale = alt.Scale(domain=list(colours), range=[f"var(--{colour})" for colour in colours.values()])
+    return alt.Color(f"{field}:N", scale=scale, legend=legend)
+
+
+def _front_shape(groups: Sequence[Group], field: str, legend: alt.Legend | None) -> alt.Shape:
+    shapes = dict.fromkeys(LINE_NAMES.values(), "stroke") | {group.name: group.look.shape for group in groups}
+    return alt.Shape(f"{field}:N", scale=alt.Scale(domain=list(shapes), range=list(shapes.values())), legend=legend)
 
 
 def _log_axis(title: str, form: str = "~g") -> alt.Axis:
@@ -212,10 +218,11 @@ def length_chart(value: str, names: list[str], width: int | None = None) -> Spec
     )
     x = alt.X("length:N", title=None, sort=alt.EncodingSortField("start"), axis=alt.Axis(labelAngle=-25))
     legend = None if width is None else alt.Legend(orient="bottom", title=None)
-    shades = [SERIES[index % len(SERIES)] for index in range(len(names))]
-    shapes = [(CIRCLE, "square", TRIANGLE, DIAMOND)[index % 4] for index in range(len(names))]
-    color = alt.Color("name:N", scale=alt.Scale(domain=names, range=shades), legend=legend)
-    shape = alt.Shape("name:N", scale=alt.Scale(domain=names, range=shapes), legend=legend)
+    looks = [series_look(index) for index in range(len(names))]
+    colours = alt.Scale(domain=names, range=[f"var(--{look.colour})" for look in looks])
+    color = alt.Color("name:N", scale=colours, legend=legend)
+    shapes = alt.Scale(domain=names, range=[look.shape for look in looks])
+    shape = alt.Shape("name:N", scale=shapes, legend=legend)
     dash = alt.StrokeDash(
         "kind:N", scale=alt.Scale(domain=["measured", "predicted"], range=[[1, 0], [5, 4]]), legend=None
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from xcalib._words import how_found
 from xcalib.evaluation import LengthResult
 from xcalib.profile import Evidence, OperatingPoint, Profile
 from xcalib.report.front import method_name
@@ -11,15 +12,23 @@ from xcalib.report.inputs import Inputs
 from xcalib.report.words import count, interval, keys_in, kl, number, percent
 from xcalib.search.gate import Verdict, judge
 
-__all__ = ["PointRow", "data_notes", "facts", "headline", "length_rows", "point_rows", "recipe_lines"]
+__all__ = [
+    "PointRow",
+    "data_notes",
+    "facts",
+    "headline",
+    "length_rows",
+    "point_rows",
+    "recipe_lines",
+    "unmeasured_lead",
+]
 
 WORDS = {
     "met": "verified",
-    "uncertain": "passed, within the interval",
+    "uncertain": "verified, within the interval",
     "missed": "missed",
     "unmeasured": "not verified",
 }
-SAID = {True: "verified", False: "not verified", None: "no verdict"}
 
 
 @dataclass(frozen=True)
@@ -27,9 +36,9 @@ class PointRow:
     """One operating point as the table shows it; figures are words, empty where there are none.
 
     Attributes:
-        verdict: of the ship gate, computed again from the figures in the profile.
-        outcome: of the gate, but ``unmeasured`` where the profile itself does not call the point verified.
-        word: the outcome in one or two words.
+        outcome: of the ship gate, computed again from the figures in the profile, but ``unmeasured`` where the profile itself
+            does not call the point verified.
+        word: the outcome in a few words.
         text: the verdict in one sentence.
         drop: share of the dense model's accuracy that is lost.
     """
@@ -37,7 +46,6 @@ class PointRow:
     name: str
     is_default: bool
     target: str
-    how: str
     outcome: str
     word: str
     text: str
@@ -72,7 +80,6 @@ def _point_row(point: OperatingPoint, profile: Profile) -> PointRow:
         name=point.name,
         is_default=point.name == profile.default_point,
         target=point.target,
-        how=search_of(point),
         outcome=outcome,
         word=WORDS[outcome],
         text=_sentence(verdict, outcome),
@@ -125,11 +132,28 @@ def headline(rows: list[PointRow]) -> tuple[str, str]:
         return "unmeasured", f"{none} {'not ' if total == 1 else ''}verified on held-out data."
     within = "above target by less than the samples can tell"
     if len(unsure) == total:
-        points = "The operating point passes" if total == 1 else f"{_all(total)} pass"
-        return "uncertain", f"{points} on held-out data, {within}."
-    said = ((met, "verified"), (unsure, within), (unmeasured, "not verified"))
+        points = "The operating point is" if total == 1 else f"{_all(total)} are"
+        return "uncertain", f"{points} verified on held-out data, {within}."
+    said = ((met, "verified"), (unsure, f"verified, {within}"), (unmeasured, "not verified"))
     parts = [f"{_names(names)} {text}" for names, text in said if names]
     return ("uncertain" if not unmeasured else "unmeasured"), f"On held-out data: {'; '.join(parts)}."
+
+
+def unmeasured_lead(rows: list[PointRow]) -> str:
+    """What stands on the page where the default point has no held-out figures."""
+    default = next(row for row in rows if row.is_default)
+    measured = [row.name for row in rows if row.density]
+    predicted = [row.name for row in rows if row.density_predicted]
+    from_samples = "predicted from calibration samples"
+    if measured:
+        others = f"{_names(measured)} {'has' if len(measured) == 1 else 'have'} them"
+        what = f"its own are {from_samples}" if default.name in predicted else "nothing was predicted for it either"
+        return f"The default point, {default.name}, has no held-out figures; {others}, {what}."
+    none = "The operating point has" if len(rows) == 1 else "No operating point has"
+    if not predicted:
+        return f"{none} {'no ' if len(rows) == 1 else ''}held-out figures, and nothing was predicted."
+    which = "" if len(predicted) == len(rows) else f"of {_names(predicted)} "
+    return f"{none} {'no ' if len(rows) == 1 else ''}held-out figures: what stands here {which}is {from_samples}."
 
 
 def _all(total: int) -> str:
@@ -179,16 +203,10 @@ def _searches(profile: Profile) -> list[tuple[str, str]]:
 
 
 def search_of(point: OperatingPoint) -> str:
-    """Method, objective and what came after the first search."""
-    if point.method == "imported":
-        return "imported from another tool, not searched"
-    tried = [one for length_bin in point.rounds or () for one in length_bin]
-    rounds = f"; {sum(one.taken for one in tried)} of {len(tried)} rounds taken" if tried else ""
-    trials = sum(one.trials for one in point.refined or () if one)
-    refined = f"; refined end to end by {count(trials, 'trial')}" if trials else ""
+    """Method, objective, what came after the first search, and what is proven."""
     gap = None if point.bound is None else point.bound.gap
-    proven = "" if gap is None else f"; at most {percent(gap, 2)} from the best choice on the curves"
-    return f"{point.method}, least {point.objective}{rounds}{refined}{proven}"
+    proven = [] if gap is None else [f"at most {percent(gap, 2)} from the best choice on the curves"]
+    return "; ".join([*how_found(point), *proven])
 
 
 def _calibrated(profile: Profile) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from xcalib.evaluation import uniform_at
 from xcalib.evaluation.results import PlanResult
 from xcalib.evaluation.uniform import PUBLISHED, UNIFORM
 from xcalib.profile import Method, OperatingPoint
-from xcalib.report.inputs import PUBLISHED_RULE, Inputs
+from xcalib.report.inputs import PUBLISHED_RULE, Inputs, published
+from xcalib.report.theme import Look
 from xcalib.search.knapsack import knapsack
 from xcalib.search.lengths import pooled_prediction
 from xcalib.search.objectives import OBJECTIVE_NAMES, Objective
@@ -44,6 +46,14 @@ PAPER_OPERATIONS = 2e8
 
 POINT, OTHER = "operating point", "another profile's point"
 SEARCH, SINGLE_TAU, PAPER = "search", "single", "paper"
+# Lines have c1 to c3. Rules other than the profile's and the published one are few: another stride or block size.
+POINT_LOOK, OWN_LOOK, PUBLISHED_LOOK = Look("circle", "ink"), Look("triangle-up", "c4"), Look("square", "c5")
+OTHER_LOOK = Look("diamond", "muted")
+RULE_LOOKS = [
+    Look(shape, colour)
+    for colours in (("c5", "c4", "muted", "c5"), ("c4", "muted", "c5", "c4"))
+    for shape, colour in zip(("triangle-down", "cross", "triangle-left", "triangle-right"), colours, strict=True)
+]
 LINE_NAMES = {
     SEARCH: "search over the curves",
     SINGLE_TAU: "one tau for all heads",
@@ -93,14 +103,12 @@ class Group:
     """What marks are of, and how they look.
 
     Attributes:
-        name: ``operating point``, or ``single tau`` and its method.
-        shape: of the mark, in Vega's words.
-        colour: name of a CSS variable; a single tau of the profile's own method has that of its predicted line.
+        name: ``operating point``, ``another profile's point``, or ``single tau`` and its method.
+        look: of its marks, which no line and no other group has.
     """
 
     name: str
-    shape: str
-    colour: str
+    look: Look
 
 
 @dataclass(frozen=True)
@@ -138,17 +146,18 @@ def marks(inputs: Inputs) -> list[Mark]:
 
 
 def groups_of(inputs: Inputs, found: Sequence[Mark]) -> list[Group]:
-    """The operating points first, then single taus, those of the profile's own method before others."""
-    own = _single_group(inputs.profile.method)
-    others = sorted({mark.group for mark in found} - {POINT}, key=lambda name: (name != own, name))
-    shapes = {own: ("triangle-up", "c2")} | dict(
-        zip(
-            [name for name in others if name != own],
-            [("square", "c4"), ("triangle-down", "c3")] * len(others),
-            strict=False,
-        )
-    )
-    return [Group(POINT, "circle", "ink"), *(Group(name, *shapes[name]) for name in others)]
+    """The operating points first, then single taus, those of the profile's own method before others.
+
+    A kind of group looks the same in every report; only single taus by other rules than the profile's and the published one
+    take their looks in turn.
+    """
+    method = inputs.profile.method
+    present = {mark.group for mark in found}
+    looks = {POINT: POINT_LOOK, _single_group(method): OWN_LOOK}
+    looks.setdefault(_single_group(published(method)), PUBLISHED_LOOK)
+    looks |= zip(sorted(present - {*looks, OTHER}), cycle(RULE_LOOKS), strict=False)
+    looks[OTHER] = OTHER_LOOK
+    return [Group(name, look) for name, look in looks.items() if name in present or name == POINT]
 
 
 def _single_group(method: Method) -> str:

@@ -20,12 +20,14 @@ from xcalib.errors import ReportError
 from xcalib.profile import Profile
 from xcalib.report.inputs import Inputs
 from xcalib.report.words import keys_in
+from xcalib.search.plan import values_at
 
 __all__ = ["HEADS_BYTES", "Cells", "cells_of", "colour_domains", "head_rows", "layer_rows", "packed_heads"]
 
 FloatArray = npt.NDArray[np.float64]
 
 HEADS_BYTES = 400_000  # of the page, for all arrays once compressed and in base64
+MOST_SPARSE_TAU = 0.9999
 # Bits of a value and most levels of a curve, finest first; a cell's own density and error are never thinned.
 COARSER = ((16, 1000), (8, 1000), (8, 14), (8, 9), (8, 5), (8, 0))
 
@@ -53,17 +55,9 @@ def cells_of(inputs: Inputs, point: int, length_bin: int) -> Cells:
     curves = inputs.curves[length_bin]
     layers = list(curves.layers)
     density, error = np.ones_like(tau), np.zeros_like(tau)
-    density[layers] = _at(curves.grid, curves.density, tau[layers])
-    error[layers] = _at(curves.grid, curves.relative_error, tau[layers])
+    density[layers] = values_at(curves.grid, curves.density, tau[layers])
+    error[layers] = values_at(curves.grid, curves.relative_error, tau[layers])
     return Cells(tau, density, error)
-
-
-def _at(grid: FloatArray, table: FloatArray, taus: FloatArray) -> FloatArray:
-    """``(layers, heads)`` values of ``(layers, heads, levels)``."""
-    right = np.clip(np.searchsorted(grid, taus), 1, len(grid) - 1)
-    weight = (taus - grid[right - 1]) / (grid[right] - grid[right - 1])
-    low, high = (np.take_along_axis(table, index[..., None], axis=-1)[..., 0] for index in (right - 1, right))
-    return low * (1 - weight) + high * weight
 
 
 def colour_domains(inputs: Inputs) -> dict[str, tuple[float, float]]:
@@ -190,7 +184,7 @@ def _gains(profile: Profile, curves: Curves) -> list[float | None]:
 
 
 def _all_errors(inputs: Inputs) -> tuple[float, float]:
-    """Range of the packed errors: from a millionth of the largest, below which nothing is drawn."""
+    """Range of the packed errors: from a ten-millionth of the largest, below which nothing is drawn."""
     largest = max((float(curves.relative_error.max()) for curves in inputs.curves), default=0.0)
     return (largest * 1e-7, largest) if largest > 0 else (1e-7, 1.0)
 
@@ -202,8 +196,10 @@ class _Packer:
     high: float
 
     def cells(self, cells: Cells) -> dict[str, str | None]:
+        # The page rounds to four digits, and takes 1 for dense: what is less stays less.
+        tau = np.where(cells.tau < 1, np.minimum(cells.tau, MOST_SPARSE_TAU), cells.tau)
         return {
-            "tau": _base64(cells.tau, 16),  # an input of the runtime: never coarser
+            "tau": _base64(tau, 16),  # an input of the runtime: never coarser
             "density": None if cells.density is None else self.fraction(cells.density),
             "error": None if cells.error is None else self.error(cells.error),
         }

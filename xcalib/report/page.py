@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import xcalib
 from xcalib._files import replace_file
 from xcalib.errors import ReportError
-from xcalib.report.evidence import data_notes, facts, recipe_lines
+from xcalib.report.evidence import data_notes, facts, recipe_lines, unmeasured_lead
 from xcalib.report.front import LINE_NAMES, front_objective
 from xcalib.report.heads import colour_domains, packed_heads
 from xcalib.report.summary import Report
 from xcalib.report.tables import tables
+from xcalib.report.theme import series_look
 from xcalib.report.words import count, interval, keys_in, kl, number, percent
 from xcalib.search.objectives import OBJECTIVE_NAMES
 
@@ -67,6 +68,7 @@ def render_page(report: Report) -> str:
         profile=inputs.profile,
         default=next(row for row in report.points if row.name == default.name),
         heldout=default.heldout,
+        unmeasured_lead=unmeasured_lead(report.points),
         rival=next((rival for rival in report.rivals if rival.point == default.name), None),
         facts=facts(inputs.profile),
         notes=data_notes(inputs),
@@ -91,7 +93,7 @@ def _specs(report: Report) -> dict[str, Any]:
         for value, domain in colour_domains(report.inputs).items()
     }
     if "front" not in report.missing:
-        specs["front"] = charts.front_chart(report.groups)
+        specs["front"] = charts.front_chart(report.groups, report.line_names)
     if "curves" not in report.missing:
         specs |= {f"curve-{value}": charts.curve_chart(value) for value in ("density", "error")}
     if "lengths" not in report.missing:
@@ -153,5 +155,5 @@ def environment() -> "Environment":
         lstrip_blocks=True,
     )
     made.filters |= {"percent": percent, "kl": kl, "number": number, "interval": interval}
-    made.globals |= {"count": count}
+    made.globals |= {"count": count, "series_look": series_look}
     return made

@@ -84,7 +84,8 @@ def _charts(report: Report) -> Iterator[tuple[str, dict[str, Any], dict[str, Any
     for value, domain in colour_domains(inputs).items():
         yield value, charts.heatmap(value, layers, heads, domain, width), {"heads": rows}
     if report.lines or report.marks:
-        yield "pareto", charts.front_chart(report.groups, WIDE), {"lines": report.line_rows, "marks": report.mark_rows}
+        data: dict[str, Any] = {"lines": report.line_rows, "marks": report.mark_rows}
+        yield "pareto", charts.front_chart(report.groups, report.line_names, WIDE), data
     if report.held:
         yield "predicted-and-held-out", charts.held_chart(len(report.held), WIDE), {"held": report.held}
     if report.length_marks:

@@ -79,6 +79,11 @@ class Report:
         """For the chart, with each line's name."""
         return [row | {"label": LINE_NAMES[row["series"]]} for row in self.lines]
 
+    @property
+    def line_names(self) -> list[str]:
+        """Of the lines that are there."""
+        return list(dict.fromkeys(row["label"] for row in self.line_rows))
+
     @cached_property
     def length_marks(self) -> list[dict[str, Any]]:
         """Figures by length of the profile's points, for the charts: many single taus would hide them."""

@@ -4,9 +4,9 @@ Series are Okabe and Ito's, maps are cividis: both can be told apart with every 
 """
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["LIGHT", "SERIES", "config", "in_light"]
+__all__ = ["LIGHT", "SERIES", "Look", "config", "in_light", "series_look"]
 
 # The same names and values as in templates/report.css (a test compares them).
 LIGHT = {
@@ -21,10 +21,25 @@ LIGHT = {
     "c2": "#d55e00",
     "c3": "#009e73",
     "c4": "#8c5a7a",
+    "c5": "#7d6a00",
     "band": "#dfe6ec",
 }
-SERIES = ("var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)")
+SERIES = ("c1", "c2", "c3", "c4")
+SHAPES = ("circle", "square", "triangle-up", "diamond")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+class Look(NamedTuple):
+    """Of a mark: its shape in Vega's words, and the name of a CSS variable."""
+
+    shape: str
+    colour: str
+
+
+def series_look(index: int) -> Look:
+    """Of one of several series in a chart and in its key; the first 16 differ."""
+    turn, place = divmod(index, len(SERIES))
+    return Look(SHAPES[(place + turn) % len(SHAPES)], SERIES[place])
 
 
 def config() -> dict[str, Any]:

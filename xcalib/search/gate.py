@@ -4,12 +4,12 @@ The rule is stated in docs/search.md. It needs nothing but the profile, so anyon
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from xcalib.errors import TargetError, TargetMissedError, XcalibWarning
-from xcalib.profile import Evidence, LengthBin, LengthEvidence, OperatingPoint, Profile
+from xcalib.profile import Evidence, LengthBin, LengthEvidence, OperatingPoint, Profile, make_profile
 from xcalib.search.targets import Target, parse_target
 
 __all__ = ["DENSITY_TOLERANCE", "DROP_LIMIT", "KL_LIMIT", "Outcome", "Verdict", "enforce", "judge", "missed"]
@@ -197,16 +197,24 @@ def missed(verdicts: Sequence[Verdict]) -> str:
     return "; ".join(verdict.text for verdict in verdicts if verdict.outcome == "missed")
 
 
-def enforce(profile: Profile, *, force: bool = False) -> None:
-    """Let a profile with held-out figures pass, or not.
+def enforce(profile: Profile, *, force: bool = False, offered: Collection[str] = ()) -> Profile:
+    """Let a profile with held-out figures pass, or not; points that nobody asked for are left out where they missed.
 
     Warns (:class:`~xcalib.errors.XcalibWarning`) for every point that passes without having met its target: an uncertain or
-    unmeasured one, and with ``force`` one that missed.
+    unmeasured one, and with ``force`` one that missed; and for every one that is left out.
+
+    Args:
+        profile: with held-out figures.
+        force: keep points that missed their targets, marked unverified.
+        offered: names of points that nobody asked for.
 
     Raises:
-        TargetMissedError: a point missed its target, and ``force`` is False.
+        TargetMissedError: a point that was asked for missed its target, and ``force`` is False.
     """
     verdicts = [judge(point) for point in profile.points]
+    out = {one.point for one in verdicts if one.outcome == "missed" and one.point in offered and not force}
+    left_out = [verdict for verdict in verdicts if verdict.point in out]
+    verdicts = [verdict for verdict in verdicts if verdict.point not in out]
     complaint = missed(verdicts)
     if complaint and not force:
         raise TargetMissedError(
@@ -218,3 +226,7 @@ def enforce(profile: Profile, *, force: bool = False) -> None:
         if verdict.outcome != "met":
             kept = "; kept, marked unverified" if verdict.outcome == "missed" else ""
             warnings.warn(f"{verdict.text}{kept}", XcalibWarning, stacklevel=3)
+    for verdict in left_out:
+        warnings.warn(f"{verdict.text}; left out, since nobody asked for this point", XcalibWarning, stacklevel=3)
+    points = tuple(point for point in profile.points if point.name not in out)
+    return profile if not out else make_profile(**{**dict(profile), "points": points})

@@ -74,12 +74,20 @@ class Tables:
 
     def at(self, table: np.ndarray, thresholds: np.ndarray) -> float:
         """Sum over heads of a table at thresholds ``(layers, heads)``, linear in tau between levels."""
-        rows = zip(thresholds.reshape(-1), table, strict=True)
-        return float(sum(np.interp(tau, self.grid, row) for tau, row in rows))
+        return float(sum(values_at(self.grid, table, thresholds).flat))
 
     def predicted_kl(self, thresholds: np.ndarray) -> float:
         """Nats per token with all heads at their thresholds together, on new text."""
         return self.curves.joint(self.at(self.kl, thresholds))
+
+
+def values_at(grid: np.ndarray, table: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Each head's value of a table, whose last axis has the grid's levels, at its threshold, linear in tau between levels.
+
+    Of the thresholds' shape, ``(layers, heads)``.
+    """
+    rows = zip(thresholds.reshape(-1), table.reshape(-1, len(grid)), strict=True)
+    return np.array([np.interp(tau, grid, row) for tau, row in rows]).reshape(thresholds.shape)
 
 
 def all_layers(curves: Curves, thresholds: np.ndarray) -> tuple[tuple[float, ...], ...]:

@@ -185,7 +185,8 @@ def search(
                 progress=progress,
                 ranks=ranks,
             )
-            enforce(profile, force=force)  # a miss leaves what was measured where it is, for the same with force
+            # a miss leaves what was measured where it is, for the same with force
+            profile = enforce(profile, force=force, offered={one.name for one in targets if one.offered})
         if save is not None:
             with ranks.together():
                 if ranks.leader:

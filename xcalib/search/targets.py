@@ -28,7 +28,7 @@ class Target:
         name: of the operating point.
         kind: what is bounded.
         value: density as a share, KL in nats per token, accuracy drop as a share of the dense accuracy, speed-up as a factor.
-        offered: nobody asked for it: it is left out, with a warning, where it cannot be reached.
+        offered: nobody asked for it: it is left out, with a warning, where it cannot be reached, or held-out data refute it.
     """
 
     name: str

@@ -218,7 +218,6 @@
     if (name === "system") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = name;
     $("theme").querySelector("span").textContent = name;
-    $("theme").setAttribute("aria-label", `Colours: ${name === "system" ? "as the system" : name}`);
     repaint();
   };
   const watchTheme = () => {
