@@ -42,12 +42,17 @@ class Target:
     def scaled(self, name: str, factor: float) -> "Target":
         """A target ``factor`` times as generous in blocks (below 1: faster, further from dense), which nobody asked for."""
         if self.kind == "density":
-            return Target(name, self.kind, min(1.0, self.value * factor), offered=True)
+            return Target(name, self.kind, _rounded(min(1.0, self.value * factor)), offered=True)
         if self.kind == "speedup":
-            return Target(name, self.kind, max(1.0, self.value / factor), offered=True)
+            return Target(name, self.kind, _rounded(max(1.0, self.value / factor)), offered=True)
         # Errors fall about as the fourth power of the blocks between the densities that are of use.
         most = 1.0 if self.kind == "drop" else math.inf
-        return Target(name, self.kind, min(self.value / factor**4, most), offered=True)
+        return Target(name, self.kind, _rounded(min(self.value / factor**4, most)), offered=True)
+
+
+def _rounded(value: float) -> float:
+    """Three digits: people read it."""
+    return float(f"{value:.3g}")
 
 
 DEFAULT_TARGETS = (
