@@ -28,7 +28,7 @@ from docs_pages import ROOT, BlockError, blocks_of
 import xcalib
 
 # The most blocks of a page that may say that they are not run; of others OTHER_PAGES.
-NOT_RUN = {"README.md": 2, "docs/large-models.md": 3, "docs/reliability.md": 3}
+NOT_RUN = {"README.md": 2, "docs/large-models.md": 3, "docs/profiles.md": 3, "docs/reliability.md": 3}
 OTHER_PAGES = 2
 POINTS = ("fidelity:density=0.9", "balanced:density=0.75", "fast:density=0.65")
 

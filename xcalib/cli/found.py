@@ -36,7 +36,7 @@ def report_profile(profile: "Profile", out: Path, as_json: bool) -> None:
         verdict = judge(point)
         if verdict.outcome == "met" or point.heldout is None:  # the others were warnings of the search
             console.print(verdict.text, markup=False, soft_wrap=True)
-    console.print(f"wrote {out}", markup=False, soft_wrap=True)
+    console.print(f"wrote {out}; a page about it: xcalib report {out}", markup=False, soft_wrap=True)
     if as_json:
         print_json({"profile": str(out), **profile.model_dump(mode="json")})
 
