@@ -1,5 +1,6 @@
 """``xcalib inspect`` on many architectures, from tiny configurations: always a row or one clear line, never a traceback."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -238,8 +239,88 @@ def test_layers_that_a_pass_does_not_reach_are_judged_by_attributes(
 
 
 def test_no_model_raises() -> None:
-    with pytest.raises(ModelError, match="is no causal language model"):
-        inspected("dbrx")
+    class Alone(transformers.PreTrainedConfig):
+        model_type = "alone"
+
+    with pytest.raises(ModelError, match="^'m' is no causal language model: transformers has none for alone$"):
+        inspect_config(Alone(), "m")
+
+
+def test_a_model_that_fails_to_build_is_no_other_kind_of_model() -> None:
+    config = transformers.AutoConfig.for_model("llama", **SMALL)
+    config.num_attention_heads = 0
+    with pytest.raises(ModelError, match=r"^'m' cannot be built without weights: \w+Error: .+") as caught:
+        inspect_config(config, "m")
+    assert "causal" not in str(caught.value)
+
+
+def test_the_attention_that_a_configuration_asks_for_need_not_be_installed() -> None:
+    for asked in ("flash_attention_2", "somebody/kernels"):
+        found = inspected("llama", **SMALL, attn_implementation=asked)
+        assert (found.implementation, found.sparse_layers) == ("sdpa", (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_position_embeddings": None}, {"num_attention_heads": 0}, {"layer_types": ["full_attention"] * 3},
+        {"dtype": "float7"}, {"hidden_size": "64"}, {"max_position_embeddings": 4096.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_configuration_is_one_line(
+    run: Run, tmp_path: Path, wrong: dict[str, Any], folder: bool, command: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", **SMALL, **wrong}), "utf-8")
+    code, out, err = run(command, tmp_path if folder else path)
+    assert (code, out) == (2, "")
+    (said,) = [line for line in err.splitlines() if not line.endswith(" ...")]
+    assert said.startswith("error: ") and ("configuration" in said or "cannot be built" in said)
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A model that comes with code, which says that it ran."""
+    code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nfrom transformers import LlamaConfig\n"
+    code += "class Foreign(LlamaConfig):\n    model_type = 'foreign'\n"
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "conf.py").write_text(code, "utf-8")
+    values = {"model_type": "foreign", "auto_map": {"AutoConfig": "conf.Foreign"}, **SMALL}
+    (folder / "config.json").write_text(json.dumps(values), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("part", ["", "config.json"], ids=["folder", "file"])
+@pytest.mark.parametrize("command", ["inspect", "doctor", "plan", "search"])
+def test_code_of_a_repository_does_not_run(
+    run: Run, foreign: Path, monkeypatch: pytest.MonkeyPatch, command: str, part: str
+) -> None:
+    """transformers asks on stdin unless it is told: nobody is asked."""
+    if command == "search" and part:
+        pytest.skip("search takes no config.json")
+    stdin = io.StringIO("y\ny\ny\n")
+    monkeypatch.setattr("sys.stdin", stdin)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(foreign.parent / "modules"))
+    code, out, err = run(command, foreign / part)
+    assert (code, out) == (2, "")
+    said = err.splitlines()[-1]
+    assert "needs code from its own repository" in said and "--trust-remote-code" in said
+    assert stdin.tell() == 0 and "y/N" not in err
+    assert not (foreign.parent / "ran").exists()
+
+
+def test_a_model_class_of_a_repository_does_not_run(run: Run, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration is transformers' own, and only the model's code is foreign."""
+    values = {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "conf.Foreign"}}
+    (foreign / "config.json").write_text(json.dumps(values), "utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    code, _, err = run("inspect", foreign)
+    assert code == 2 and "needs code from its own repository" in err
+    assert not (foreign.parent / "ran").exists()
 
 
 def test_spans() -> None:

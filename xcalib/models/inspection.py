@@ -17,7 +17,7 @@ from xcalib._yaml import one_line
 from xcalib.errors import ModelError
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.causality import dense_reason
-from xcalib.models.empty import empty_model
+from xcalib.models.empty import NotCausalError, build_empty, empty_model
 from xcalib.models.structure import AttentionLayer, attention_layers, decoder_blocks, decoder_of, describe_model
 
 __all__ = ["Inspection", "LayerFacts", "inspect_config", "inspect_model"]
@@ -97,7 +97,7 @@ def inspect_config(config: Any, name: str) -> Inspection:
     """
     try:
         return inspect_model(empty_model(config, name), name)
-    except ModelError as error:
+    except NotCausalError as error:
         other = _other_model(config)
         if other is None:
             raise
@@ -107,7 +107,7 @@ def inspect_config(config: Any, name: str) -> Inspection:
         return _of_another_kind(found, other, error)
 
 
-def _of_another_kind(found: Inspection, model: Any, error: ModelError) -> Inspection:
+def _of_another_kind(found: Inspection, model: Any, error: NotCausalError) -> Inspection:
     """A model that is no causal language model: xcalib patches its text decoder in Python, and its commands cannot load it."""
     if model.config.get_text_config() is model.config:
         return replace(found, layers=_all_dense(found.layers, "not causal"), problem=str(error))
@@ -128,8 +128,7 @@ def _other_model(config: Any) -> Any:
     for name in ("AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel"):
         kind: Any = getattr(transformers, name, None)
         try:
-            with torch.device("meta"):
-                return kind.from_config(config).eval()
+            return build_empty(kind, config)
         except Exception:  # models' code raises anything
             continue
     return None
