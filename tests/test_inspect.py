@@ -198,9 +198,10 @@ def test_json(run: Run, config: Path) -> None:
     code, out, _ = run("inspect", config, "--json")
     found = json.loads(out)
     assert code == 0
-    assert found["sparse_layers"] == [5, 11] and found["problem"] is None
+    assert found["sparse_layers"] == [5, 11] and found["unknown_layers"] == [] and found["problem"] is None
     assert found["layers"][0] == {
         "kind": "sliding", "window": 512, "query_heads": 4, "kv_heads": 2, "head_dim": 32, "reason": "sliding window",
+        "known": True,
     }  # fmt: skip
     assert found["measured"] == {"heads": 8, "levels": len(DEFAULT_GRID), "stride": 16, "block_size": 128}
     assert found["blocks"] == {"4096": 528}
@@ -227,7 +228,7 @@ def test_the_demo_is_read_from_its_gguf_header(run: Run) -> None:
     assert code == 0 and "0-29 full 9 3 3 64 sparse" in " ".join(out.split())
 
 
-def test_layers_that_a_pass_does_not_reach_are_judged_by_attributes(
+def test_layers_that_a_pass_does_not_reach_are_dense_by_their_attributes_or_not_known(
     run: Run, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, seen, _ = run("inspect", config)
@@ -235,14 +236,36 @@ def test_layers_that_a_pass_does_not_reach_are_judged_by_attributes(
     code, out, _ = run("inspect", config)
     note = "note: 12 layers are judged by their attributes: the pass without weights did not come to their attention\n"
     assert code == 0 and note in out and note not in seen
-    assert out.replace(note, "") == seen
+    table = [" ".join(line.split()) for line in out.splitlines()]
+    assert "0-4, 6-10 sliding (512) 4 2 2 32 dense: sliding window" in table
+    assert "5, 11 full 4 2 2 32 not known" in table
+    assert "supported: at most 2 of 12 layers can attend sparsely" in table
+    assert "a search measures at most 8 heads" in out
+    found = json.loads(run("inspect", config, "--json")[1])
+    assert (found["sparse_layers"], found["unknown_layers"]) == ([], [5, 11])
+    assert [layer["known"] for layer in found["layers"]] == [index not in (5, 11) for index in range(12)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, out, _ = run("doctor", config)
+    said = " ".join(out.split())
+    assert code == 0 and "warning model" in said and "at most 2 of 12 layers can attend sparsely; 10 stay dense" in said
+    assert out.rstrip().endswith("nothing failed; whether the model can be served is not known")
+
+
+def test_cross_attention_that_a_pass_does_not_reach_is_dense() -> None:
+    text = {**SMALL, "hidden_size": 128, "cross_attention_layers": [1], "pad_token_id": 0}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0}
+    vision = {**VISION, "num_global_layers": 1, "attention_heads": 2, "vision_output_dim": 64, "image_size": 28}
+    config = transformers.AutoConfig.for_model("mllama", text_config=text, vision_config=vision)
+    found = inspect_config(config, "mllama")
+    assert [layer.reason for layer in found.layers] == [None, "cross-attention", None, None]
+    assert found.sparse_layers == (0, 2, 3) and not found.unknown_layers
 
 
 def test_no_model_raises() -> None:
     class Alone(transformers.PreTrainedConfig):
         model_type = "alone"
 
-    with pytest.raises(ModelError, match="^'m' is no causal language model: transformers has none for alone$"):
+    with pytest.raises(ModelError, match=r"^'m' is no causal language model: transformers has none for alone$"):
         inspect_config(Alone(), "m")
 
 
@@ -294,14 +317,14 @@ def foreign(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("part", ["", "config.json"], ids=["folder", "file"])
-@pytest.mark.parametrize("command", ["inspect", "doctor", "plan", "search"])
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [(name, part) for name in ("inspect", "doctor", "plan") for part in ("", "config.json")] + [("search", "")],
+)
 def test_code_of_a_repository_does_not_run(
     run: Run, foreign: Path, monkeypatch: pytest.MonkeyPatch, command: str, part: str
 ) -> None:
     """transformers asks on stdin unless it is told: nobody is asked."""
-    if command == "search" and part:
-        pytest.skip("search takes no config.json")
     stdin = io.StringIO("y\ny\ny\n")
     monkeypatch.setattr("sys.stdin", stdin)
     monkeypatch.setenv("HF_MODULES_CACHE", str(foreign.parent / "modules"))

@@ -17,7 +17,7 @@ from xcalib.cli.output import print_json, quiet_libraries, report_console, statu
 if TYPE_CHECKING:
     from xcalib.models.inspection import Inspection, LayerFacts
 
-__all__ = ["inspect", "inspected", "print_layers", "record"]
+__all__ = ["how_many", "inspect", "inspected", "print_layers", "record"]
 
 LENGTHS = (4096, 32_768, 131_072)  # tokens at which blocks are counted
 STRIDE, BLOCK_SIZE = 16, 128  # what `xcalib search` takes unless told otherwise
@@ -60,6 +60,7 @@ def record(found: "Inspection") -> dict[str, Any]:
     return {
         **asdict(found),
         "sparse_layers": list(found.sparse_layers),
+        "unknown_layers": list(found.unknown_layers),
         "measured": {"heads": _heads(found), "levels": _levels(), "stride": STRIDE, "block_size": BLOCK_SIZE},
         "blocks": {str(length): _blocks(length) for length in _lengths(found)},
     }
@@ -77,13 +78,13 @@ def print_layers(console: Console, found: "Inspection") -> None:
     for facts, indices in _folded(found.layers):
         same = found.problem is not None and facts.reason == found.problem
         verdict = "sparse" if facts.reason is None else "dense" if same else f"dense: {facts.reason}"
+        verdict = verdict if facts.known else "not known"
         table.add_row(spans(indices), _kind(facts), *_numbers(facts), Text(verdict))
     console.print(table)
-    sparse = len(found.sparse_layers)
     if found.problem is not None:
         console.print(f"not supported: {found.problem}", markup=False, soft_wrap=True)
     else:
-        console.print(f"supported: {sparse} of {len(found.layers)} layers can attend sparsely", markup=False)
+        console.print(f"supported: {how_many(found)} layers can attend sparsely", markup=False)
     unseen = sum(layer.query_heads > 0 for layer in found.layers) - found.seen
     if found.problem is None and unseen > 0:
         console.print(
@@ -93,6 +94,12 @@ def print_layers(console: Console, found: "Inspection") -> None:
         )
     if found.note:
         console.print(f"note: {found.note}", markup=False, soft_wrap=True)
+
+
+def how_many(found: "Inspection") -> str:
+    """``12 of 26``, or ``at most 12 of 26`` where some layers are not known."""
+    sparse, unknown = len(found.sparse_layers), len(found.unknown_layers)
+    return f"{'at most ' if unknown else ''}{sparse + unknown} of {len(found.layers)}"
 
 
 def _heading(found: "Inspection") -> str:
@@ -142,7 +149,8 @@ def _numbers(facts: "LayerFacts") -> list[str]:
 
 
 def _heads(found: "Inspection") -> int:
-    return sum(found.layers[index].query_heads for index in found.sparse_layers)
+    """Heads that a search measures, at most."""
+    return sum(found.layers[index].query_heads for index in (*found.sparse_layers, *found.unknown_layers))
 
 
 def _levels() -> int:
@@ -168,8 +176,9 @@ def _plans(found: "Inspection") -> list[str]:
     if found.problem is not None:
         return []
     blocks = ", ".join(f"{_blocks(length):,} at {length:,} tokens" for length in _lengths(found))
+    most = "at most " if found.unknown_layers else ""
     lines = [
-        f"a search measures {_heads(found):,} heads at {_levels()} levels of tau each (S {STRIDE}, B {BLOCK_SIZE})",
+        f"a search measures {most}{_heads(found):,} heads at {_levels()} levels of tau each (S {STRIDE}, B {BLOCK_SIZE})",
         f"blocks of a head that causality allows: {blocks}",
     ]
     return lines if found.note else [*lines, f"time, memory and cost: xcalib plan {found.name}"]
