@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xcalib.cli import options as opt
-from xcalib.cli.completion import complete_model, installed
+from xcalib.cli.completion import complete_config, installed
 from xcalib.cli.inspect import how_many, inspected, print_layers, record
 from xcalib.cli.output import print_json, report_console, status
 
@@ -41,7 +41,7 @@ def doctor(
         typer.Argument(
             metavar="[MODEL]",
             help=opt.MODEL_HELP + " Or a config.json alone: what will be sparse in it, and why the rest will be dense.",
-            autocompletion=complete_model,
+            autocompletion=complete_config,
         ),
     ] = None,
     as_json: opt.Json = False,
