@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from xcalib.cli import options as opt
-from xcalib.cli.completion import complete_model
-from xcalib.cli.output import print_json, quiet_libraries, report_console, status
+from xcalib.cli.completion import complete_config
+from xcalib.cli.output import print_json, quiet_libraries, report_console, short_count, status
 
 if TYPE_CHECKING:
     from xcalib.models.inspection import Inspection, LayerFacts
@@ -29,7 +29,7 @@ def inspect(
         typer.Argument(
             metavar="MODEL",
             help=opt.MODEL_HELP + " Or a config.json alone; no weights are loaded.",
-            autocompletion=complete_model,
+            autocompletion=complete_config,
         ),
     ],
     as_json: opt.Json = False,
@@ -79,7 +79,7 @@ def print_layers(console: Console, found: "Inspection") -> None:
         same = found.problem is not None and facts.reason == found.problem
         verdict = "sparse" if facts.reason is None else "dense" if same else f"dense: {facts.reason}"
         verdict = verdict if facts.known else "not known"
-        table.add_row(spans(indices), _kind(facts), *_numbers(facts), Text(verdict))
+        table.add_row(spans(indices), Text(_kind(facts)), *_numbers(facts), Text(verdict))
     console.print(table)
     if found.problem is not None:
         console.print(f"not supported: {found.problem}", markup=False, soft_wrap=True)
@@ -106,16 +106,9 @@ def _heading(found: "Inspection") -> str:
     positions = "no limit of positions" if found.max_positions is None else f"{found.max_positions:,} positions"
     how = f", attention {found.implementation}" if found.implementation else ""
     return (
-        f"{found.name}: {found.model} ({found.model_type}), {_count(found.parameters)} parameters, "
+        f"{found.name}: {found.model} ({found.model_type}), {short_count(found.parameters)} parameters, "
         f"{found.dtype or 'dtype not named'}, {positions}{how}"
     )
-
-
-def _count(number: int) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if number >= 0.9995 * size:  # 999.9M is 1B
-            return f"{number / size:.3g}{unit}"
-    return f"{number:,}"
 
 
 def _folded(layers: "Sequence[LayerFacts]") -> "list[tuple[LayerFacts, list[int]]]":

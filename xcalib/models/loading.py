@@ -9,6 +9,7 @@ import torch
 
 from xcalib._suggest import nearest
 from xcalib._yaml import one_line
+from xcalib.choices import PROFILE_SUFFIXES
 from xcalib.errors import ModelError
 from xcalib.models.spread import offload_folder, offload_map, spread_arguments, tensor_parallel_arguments
 
@@ -151,7 +152,7 @@ def _source(name: str) -> dict[str, str]:
 def _instead(path: Path) -> str:
     if path.name == "config.json" or path.suffix == ".safetensors":
         return f": give its folder, {str(path.parent)!r}, with configuration and weights"
-    if path.suffix in (".yaml", ".yml", ".json"):
+    if path.suffix.lower() in PROFILE_SUFFIXES:
         return ": MODEL comes first, and a profile goes with --profile, or to xcalib show"
     return ": MODEL is a Hugging Face id, a folder, a .gguf file, or 'demo'"
 
