@@ -135,7 +135,8 @@ def test_kernels_refuse_another_architecture(place: Path, tiny_model: Any, tiny_
 def test_compare_profiles(place: Path, tiny_folder: Path) -> None:
     arguments = ["--model", tiny_folder, "--work", "work", "--max-length", "512", "--num-samples", "3", "--limit", "4"]
     out = run_example("compare_profiles.py", place, *arguments)
-    assert "first:  plain error, point balanced\nsecond: error weighed by gains" in out and ", by 3 samples (at" in out
+    assert "first:  plain error, point balanced\nsecond: error weighed by gains" in out
+    assert ", as far as 3 samples can say (at" in out
     assert "setting balanced.objective: output error -> (gain x output error)^0.75" in out
     moved = re.findall(r"layer +\d+ head +\d+: ([\d.]+) -> ([\d.]+)", out)
     assert 0 < len(moved) <= 4

@@ -239,7 +239,7 @@ def test_layers_that_a_pass_does_not_reach_are_dense_by_their_attributes_or_not_
     table = [" ".join(line.split()) for line in out.splitlines()]
     assert "0-4, 6-10 sliding (512) 4 2 2 32 dense: sliding window" in table
     assert "5, 11 full 4 2 2 32 not known" in table
-    assert "supported: at most 2 of 12 layers can attend sparsely" in table
+    assert "not known: at most 2 of 12 layers can attend sparsely" in table
     assert "a search measures at most 8 heads" in out
     found = json.loads(run("inspect", config, "--json")[1])
     assert (found["sparse_layers"], found["unknown_layers"]) == ([], [5, 11])
@@ -248,7 +248,7 @@ def test_layers_that_a_pass_does_not_reach_are_dense_by_their_attributes_or_not_
     code, out, _ = run("doctor", config)
     said = " ".join(out.split())
     assert code == 0 and "warning model" in said and "at most 2 of 12 layers can attend sparsely; 10 stay dense" in said
-    assert out.rstrip().endswith("nothing failed; whether the model can be served is not known")
+    assert out.rstrip().endswith("nothing failed; which of the model's layers can attend sparsely is not known")
 
 
 def test_cross_attention_that_a_pass_does_not_reach_is_dense() -> None:

@@ -68,9 +68,8 @@ def show_evidence(profiles: tuple[Profile, Profile], found: tuple[Evaluation, Ev
     print(
         f"KL of the second over the first: {plans[1].kl / plans[0].kl:.3f}, 95% interval {interval[0]:.3f} to {interval[1]:.3f}:"
     )
-    print(
-        f"{verdict}, by {len(tokens)} samples (at densities that differ by {abs(plans[0].density - plans[1].density):.1%})"
-    )
+    apart = abs(plans[0].density - plans[1].density)
+    print(f"{verdict}, as far as {len(tokens)} samples can say (at densities that differ by {apart:.1%})")
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def doctor(
             if failed
             else "all is well"
             if found is None or not found.unknown_layers
-            else "nothing failed; whether the model can be served is not known"
+            else "nothing failed; which of the model's layers can attend sparsely is not known"
         )
         console.print(said, style=_STYLES["FAILED" if failed else "ok"])
     if failed:

@@ -84,7 +84,8 @@ def print_layers(console: Console, found: "Inspection") -> None:
     if found.problem is not None:
         console.print(f"not supported: {found.problem}", markup=False, soft_wrap=True)
     else:
-        console.print(f"supported: {how_many(found)} layers can attend sparsely", markup=False)
+        verdict = "supported" if found.sparse_layers else "not known"
+        console.print(f"{verdict}: {how_many(found)} layers can attend sparsely", markup=False)
     unseen = sum(layer.query_heads > 0 for layer in found.layers) - found.seen
     if found.problem is None and unseen > 0:
         console.print(
