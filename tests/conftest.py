@@ -22,6 +22,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["XCALIB_BACKEND"] = "reference"
+# What is printed hangs on none of these of whoever runs the tests. A fixture would be late: a Rich console reads them when it is
+# made, which for one of them is the first import of xcalib.cli.
+for _name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(_name, None)
+if find_spec("triton") is not None:
+    import triton  # noqa: F401  # it reads the variable once: at its first import, which is then not a test's that unset it
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 128,

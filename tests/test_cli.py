@@ -1,6 +1,7 @@
 """The command line, in this process: whole jobs on a tiny model, and one line for everything that is wrong."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -8,12 +9,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from xcalib.cli import main
+from xcalib.cli import main, output
 from xcalib.collect import load_curves
 from xcalib.collect.curves import save_curves
 from xcalib.collect.measure import Sweeper
@@ -611,3 +614,27 @@ def test_interrupted_evaluation(copied: Path, run: Run, monkeypatch: pytest.Monk
     resumed, whole = run(*command, "--work", "work", "--resume"), run(*command)
     assert resumed.code == whole.code == 0
     assert resumed.json()["plans"][0]["kl"] == whole.json()["plans"][0]["kl"]
+
+
+def test_brackets_in_names_are_no_markup_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(output, "console", terminal)
+    with output.status("Reading the configuration of [/models]/one"):
+        pass
+    with output.progress("Measuring [/models]/two", 1) as advance:
+        advance(1)
+    dense = SimpleNamespace(perplexity=1.0, accuracy=None, accuracy_interval=None, seconds=1.0)
+    found: Any = SimpleNamespace(
+        dense=dense, plans=(), samples=1, skipped=0, asking=0, tokens=9, sources=("text:[/notes]",), confidence=0.95
+    )
+    terminal.print(output.evaluation_table(found, "[/models]/three"))
+    said = terminal.file.getvalue()
+    assert all(f"[/models]/{name}" in said for name in ("one", "two", "three")) and "text:[/notes]" in said
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(999, "999"), (134_515_008, "135M"), (999_900_000, "1B"), (7_000_000_000, "7B"), (1.2e12, "1.2T")],
+)
+def test_short_counts(number: int, said: str) -> None:
+    assert output.short_count(number) == said

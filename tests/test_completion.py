@@ -24,7 +24,8 @@ MAIN = "import sys; from xcalib.cli import main; main()"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A profile with the point balanced, a model's folder, one that is none, and a .gguf file."""
-    (tmp_path / "profile.yaml").write_text(re.findall(r"```yaml\n(.*?)```", DOC, re.DOTALL)[0])
+    for name in ("profile.yaml", "my profile.YAML"):
+        (tmp_path / name).write_text(re.findall(r"```yaml\n(.*?)```", DOC, re.DOTALL)[0])
     for name in ("models/one", "nothing"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "models/one/config.json").write_text("{}")
@@ -36,18 +37,18 @@ def folder(tmp_path: Path) -> Path:
 def offered(folder: Path, *words: str, shell: str = "bash") -> list[str]:
     """What the shell is told after these words, the last of which is being typed."""
     environment = {**os.environ, "_XCALIB_COMPLETE": f"complete_{shell}", "COMP_WORDS": "\n".join(words)}
-    environment |= {"COMP_CWORD": str(len(words) - 1), "_TYPER_COMPLETE_ARGS": " ".join(words)}
+    environment |= {"HOME": str(folder), "COMP_CWORD": str(len(words) - 1), "_TYPER_COMPLETE_ARGS": " ".join(words)}
     command = [sys.executable, "-P", "-c", MAIN]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.stderr == ""
-    return done.stdout.split()
+    return [line for line in done.stdout.splitlines() if line]
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (("sh",), ["show"]),
-        (("show", ""), [*profiles.names(), "profile.yaml", "models/", "nothing/"]),
+        (("show", ""), [*profiles.names(), "my profile.YAML", "profile.yaml", "models/", "nothing/"]),
         (("show", "smol"), ["smollm2-135m"]),
         (("show", "smollm2-135m", "--point", "b"), ["balanced"]),
         (("show", "profile.yaml", "--point", ""), ["balanced"]),
@@ -58,6 +59,15 @@ def offered(folder: Path, *words: str, shell: str = "bash") -> list[str]:
         (("search", "d"), ["demo"]),
         (("search", "w"), ["weights.gguf"]),
         (("inspect", "models/"), ["models/one"]),
+        (("inspect", "models/one/"), ["models/one/config.json"]),
+        (("doctor", "models/one/"), ["models/one/config.json"]),
+        (("plan", "models/one/"), ["models/one/config.json"]),
+        (("search", "models/one/"), []),
+        (("search", "--recipe", "smol"), ["smollm2-135m"]),
+        (("search", "--recipe", "pro"), ["profile.yaml"]),
+        (("show", "~/profile.yaml", "--point", ""), ["balanced"]),
+        (("show", "my\\ profile.YAML", "--point", ""), ["balanced"]),
+        (("show", "'my profile.YAML'", "--point", "b"), ["balanced"]),
         (("inspect", "noth"), []),  # the shell's own file names are better here
         (("search", "demo", "--data", "bu"), ["builtin", "builtin:"]),
         (("search", "demo", "--data", "builtin", ":", "co"), ["code"]),
@@ -65,6 +75,8 @@ def offered(folder: Path, *words: str, shell: str = "bash") -> list[str]:
         (("search", "demo", "--data", "text", ":", "notes"), ["notes.txt"]),
         (("search", "demo", "--target", ""), ["density=0.25", "kl=0.01", "drop=1%", "speedup=4"]),
         (("search", "demo", "--target", "density", "="), ["0.25"]),
+        (("search", "demo", "--target", "fast", ":", "den"), ["density=0.25"]),
+        (("search", "demo", "--target", "fast", ":", "kl", "="), ["0.01"]),
         (("search", "demo", "--objective", ""), list(get_args(choices.Objective))),
         (("search", "demo", "--target", "density=0.2", "--stride", ""), ["4", "8", "16", "32", "64"]),
         (("search", "demo", "--dtype", "b"), ["bfloat16"]),

@@ -4,6 +4,7 @@ import json
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,6 +138,15 @@ def test_a_requirement_that_is_not_met_is_named(monkeypatch: pytest.MonkeyPatch)
     own = machine._version
     monkeypatch.setattr(machine, "_version", lambda package: old[package] if package in old else own(package))
     assert [problem.partition(",")[0] for problem in required_problems()] == ["optuna is missing", "torch is 1.0"]
+
+
+def test_without_being_installed_as_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", raises)
+    (problem,) = required_problems()
+    assert problem.startswith("xcalib is not installed as a package")
 
 
 def test_gpus_as_torch_describes_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,26 @@ def place(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_curves_that_are_there_are_named_or_refused(
+    place: Path, tiny_model: Callable[..., Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", tiny_folder, "--work", "work", "--out", tmp_path / "again.yaml"]
+    out = run_example("quick_profile.py", place, *arguments)
+    assert f"reading work/curves: 2 samples of 512 tokens of {tiny_folder}" in out and "measuring 2" not in out
+    assert xcalib.load_profile(tmp_path / "again.yaml").calibration.samples == 2
+    wrong = ["--num-samples", "3", "--max-length", "640"]
+    said = run_example("quick_profile.py", place, *arguments, *wrong, fails=True)
+    assert said.endswith(
+        "curves holds other curves than those asked for (3 samples, 640 tokens): give another --work\n"
+    )
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    said = run_example("quick_profile.py", place, "--model", other, "--work", "work", fails=True)
+    assert f"asked for ({other})" in said
+
+
 def percent(text: str) -> float:
     return float(text) / 100
 
@@ -54,6 +75,7 @@ def test_calibrate_your_data(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = ["--model", tiny_folder, "--text", notes / "*.txt", *size]
     out = run_example("calibrate_your_data.py", tmp_path, *arguments)
     assert "calibration: 2 samples of" in out and "held out: 2 samples of" in out and "1 with a question" in out
+    assert re.search(r"density 0\.7 .* of 1 question, dense", out)
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert len(rows) == 24 and all(row["answers"][0] in row["text"] for row in rows)
     profile = xcalib.load_profile(tmp_path / "mine.yaml")
@@ -113,6 +135,8 @@ def test_kernels_refuse_another_architecture(place: Path, tiny_model: Any, tiny_
 def test_compare_profiles(place: Path, tiny_folder: Path) -> None:
     arguments = ["--model", tiny_folder, "--work", "work", "--max-length", "512", "--num-samples", "3", "--limit", "4"]
     out = run_example("compare_profiles.py", place, *arguments)
+    assert "first:  plain error, point balanced\nsecond: error weighed by gains" in out
+    assert ", as far as 3 samples can say (at" in out
     assert "setting balanced.objective: output error -> (gain x output error)^0.75" in out
     moved = re.findall(r"layer +\d+ head +\d+: ([\d.]+) -> ([\d.]+)", out)
     assert 0 < len(moved) <= 4
@@ -128,6 +152,7 @@ def test_compare_one_profile_with_itself(place: Path, tiny_folder: Path) -> None
     out = run_example(
         "compare_profiles.py", place, "small.yaml", "small.yaml", "--model", tiny_folder, "--max-length", "512"
     )
+    assert "first:  small.yaml, point balanced\nsecond: small.yaml, point balanced" in out
     assert "balanced: 0 of 12 thresholds moved, 0 up, 0 down" in out
     assert "KL of the second over the first: 1.000, 95% interval 1.000 to 1.000" in out
     assert "not told apart" in out
@@ -142,6 +167,13 @@ def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: obje
     assert not any(cell.outputs for cell in notebook.cells if cell.cell_type == "code")  # kept without outputs
     for name, value in settings.items():
         monkeypatch.setenv(f"XCALIB_{name}", str(value))
+    for name in (
+        "IPYTHONDIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "JUPYTER_CONFIG_DIR",
+    ):  # else in the home folder
+        monkeypatch.setenv(name, str(folder / name.lower()))
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}
     )

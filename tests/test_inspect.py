@@ -1,5 +1,6 @@
 """``xcalib inspect`` on many architectures, from tiny configurations: always a row or one clear line, never a traceback."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -197,9 +198,10 @@ def test_json(run: Run, config: Path) -> None:
     code, out, _ = run("inspect", config, "--json")
     found = json.loads(out)
     assert code == 0
-    assert found["sparse_layers"] == [5, 11] and found["problem"] is None
+    assert found["sparse_layers"] == [5, 11] and found["unknown_layers"] == [] and found["problem"] is None
     assert found["layers"][0] == {
         "kind": "sliding", "window": 512, "query_heads": 4, "kv_heads": 2, "head_dim": 32, "reason": "sliding window",
+        "known": True,
     }  # fmt: skip
     assert found["measured"] == {"heads": 8, "levels": len(DEFAULT_GRID), "stride": 16, "block_size": 128}
     assert found["blocks"] == {"4096": 528}
@@ -226,7 +228,7 @@ def test_the_demo_is_read_from_its_gguf_header(run: Run) -> None:
     assert code == 0 and "0-29 full 9 3 3 64 sparse" in " ".join(out.split())
 
 
-def test_layers_that_a_pass_does_not_reach_are_judged_by_attributes(
+def test_layers_that_a_pass_does_not_reach_are_dense_by_their_attributes_or_not_known(
     run: Run, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, seen, _ = run("inspect", config)
@@ -234,12 +236,114 @@ def test_layers_that_a_pass_does_not_reach_are_judged_by_attributes(
     code, out, _ = run("inspect", config)
     note = "note: 12 layers are judged by their attributes: the pass without weights did not come to their attention\n"
     assert code == 0 and note in out and note not in seen
-    assert out.replace(note, "") == seen
+    table = [" ".join(line.split()) for line in out.splitlines()]
+    assert "0-4, 6-10 sliding (512) 4 2 2 32 dense: sliding window" in table
+    assert "5, 11 full 4 2 2 32 not known" in table
+    assert "not known: at most 2 of 12 layers can attend sparsely" in table
+    assert "a search measures at most 8 heads" in out
+    found = json.loads(run("inspect", config, "--json")[1])
+    assert (found["sparse_layers"], found["unknown_layers"]) == ([], [5, 11])
+    assert [layer["known"] for layer in found["layers"]] == [index not in (5, 11) for index in range(12)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, out, _ = run("doctor", config)
+    said = " ".join(out.split())
+    assert code == 0 and "warning model" in said and "at most 2 of 12 layers can attend sparsely; 10 stay dense" in said
+    assert out.rstrip().endswith("nothing failed; which of the model's layers can attend sparsely is not known")
+
+
+def test_cross_attention_that_a_pass_does_not_reach_is_dense() -> None:
+    text = {**SMALL, "hidden_size": 128, "cross_attention_layers": [1], "pad_token_id": 0}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0}
+    vision = {**VISION, "num_global_layers": 1, "attention_heads": 2, "vision_output_dim": 64, "image_size": 28}
+    config = transformers.AutoConfig.for_model("mllama", text_config=text, vision_config=vision)
+    found = inspect_config(config, "mllama")
+    assert [layer.reason for layer in found.layers] == [None, "cross-attention", None, None]
+    assert found.sparse_layers == (0, 2, 3) and not found.unknown_layers
 
 
 def test_no_model_raises() -> None:
-    with pytest.raises(ModelError, match="is no causal language model"):
-        inspected("dbrx")
+    class Alone(transformers.PreTrainedConfig):
+        model_type = "alone"
+
+    with pytest.raises(ModelError, match=r"^'m' is no causal language model: transformers has none for alone$"):
+        inspect_config(Alone(), "m")
+
+
+def test_a_model_that_fails_to_build_is_no_other_kind_of_model() -> None:
+    config = transformers.AutoConfig.for_model("llama", **SMALL)
+    config.num_attention_heads = 0
+    with pytest.raises(ModelError, match=r"^'m' cannot be built without weights: \w+Error: .+") as caught:
+        inspect_config(config, "m")
+    assert "causal" not in str(caught.value)
+
+
+def test_the_attention_that_a_configuration_asks_for_need_not_be_installed() -> None:
+    for asked in ("flash_attention_2", "somebody/kernels"):
+        found = inspected("llama", **SMALL, attn_implementation=asked)
+        assert (found.implementation, found.sparse_layers) == ("sdpa", (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_position_embeddings": None}, {"num_attention_heads": 0}, {"layer_types": ["full_attention"] * 3},
+        {"dtype": "float7"}, {"hidden_size": "64"}, {"max_position_embeddings": 4096.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_configuration_is_one_line(
+    run: Run, tmp_path: Path, wrong: dict[str, Any], folder: bool, command: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", **SMALL, **wrong}), "utf-8")
+    code, out, err = run(command, tmp_path if folder else path)
+    assert (code, out) == (2, "")
+    (said,) = [line for line in err.splitlines() if not line.endswith(" ...")]
+    assert said.startswith("error: ") and ("configuration" in said or "cannot be built" in said)
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A model that comes with code, which says that it ran."""
+    code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nfrom transformers import LlamaConfig\n"
+    code += "class Foreign(LlamaConfig):\n    model_type = 'foreign'\n"
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "conf.py").write_text(code, "utf-8")
+    values = {"model_type": "foreign", "auto_map": {"AutoConfig": "conf.Foreign"}, **SMALL}
+    (folder / "config.json").write_text(json.dumps(values), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [(name, part) for name in ("inspect", "doctor", "plan") for part in ("", "config.json")] + [("search", "")],
+)
+def test_code_of_a_repository_does_not_run(
+    run: Run, foreign: Path, monkeypatch: pytest.MonkeyPatch, command: str, part: str
+) -> None:
+    """transformers asks on stdin unless it is told: nobody is asked."""
+    stdin = io.StringIO("y\ny\ny\n")
+    monkeypatch.setattr("sys.stdin", stdin)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(foreign.parent / "modules"))
+    code, out, err = run(command, foreign / part)
+    assert (code, out) == (2, "")
+    said = err.splitlines()[-1]
+    assert "needs code from its own repository" in said and "--trust-remote-code" in said
+    assert stdin.tell() == 0 and "y/N" not in err
+    assert not (foreign.parent / "ran").exists()
+
+
+def test_a_model_class_of_a_repository_does_not_run(run: Run, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration is transformers' own, and only the model's code is foreign."""
+    values = {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "conf.Foreign"}}
+    (foreign / "config.json").write_text(json.dumps(values), "utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    code, _, err = run("inspect", foreign)
+    assert code == 2 and "needs code from its own repository" in err
+    assert not (foreign.parent / "ran").exists()
 
 
 def test_spans() -> None:

@@ -156,8 +156,8 @@ def test_a_recipe_of_collect_and_of_refine(run: Run) -> None:
 
 
 WRONG = {
-    "num_sample: 3": "line 2: num_sample: unknown key; nearest is num_samples",
-    "targets: kl=1": "line 2: targets: unknown key; nearest is target",
+    "num_sample: 3": "line 2: num_sample: unknown key; did you mean 'num_samples'?",
+    "targets: kl=1": "line 2: targets: unknown key; did you mean 'target'?",
     "zzzzqqqq: 1": "line 2: zzzzqqqq: unknown key; known are model, out, target",
     "recipe: other.yaml": "line 2: recipe: unknown key",
     "num_samples: 0": "line 2: num_samples: must be greater than or equal to 1, got 0",

@@ -100,7 +100,10 @@ def test_reference_has_every_command_with_its_options(reference: str) -> None:
     for name, section in sections.items():
         for parameter in group.get_command(context, name).params:
             if parameter.param_type_name == "option" and not getattr(parameter, "hidden", False):
-                assert f"`{parameter.opts[0]}" in section or f", {parameter.opts[0]}" in section, name
+                assert re.search(rf"(?:`|, ){re.escape(parameter.opts[0])}(?![\w-])", section), (
+                    name,
+                    parameter.opts[0],
+                )
         assert "**Example**:\n\n```bash\nxcalib" in section, name
         assert f"[`{name}`](#xcalib-{name})" in reference
 

@@ -13,6 +13,7 @@ __all__ = [
     "DEFAULT_ROUNDS",
     "DEFAULT_TRIALS",
     "DTYPE_NAMES",
+    "PROFILE_SUFFIXES",
     "STRIDES",
     "TABLE_BLOCK_SIZE",
     "Measure",
@@ -34,6 +35,7 @@ DTYPE_NAMES = ("float32", "float16", "bfloat16")
 Measure = Literal["fisher", "mass"]  # what is measured only when asked for; each is an array of the curves
 Objective = Literal["tempered", "gain", "plain", "fisher", "mass"]
 SearchMethod = Literal["knapsack", "paper"]
+PROFILE_SUFFIXES = (".yaml", ".yml", ".json")
 TargetKind = Literal["density", "kl", "drop", "speedup"]
 DEFAULT_ROUNDS = 2
 

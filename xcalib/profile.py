@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from xcalib import _yaml
 from xcalib._reading import read_regular
 from xcalib._suggest import nearest
+from xcalib.choices import PROFILE_SUFFIXES
 from xcalib.errors import ModelError, ProfileError
 
 __all__ = [
@@ -514,9 +515,6 @@ def _length_faults(profile: Profile, point: OperatingPoint) -> Iterator[tuple[Ke
             yield ("heldout", "by_length"), "must have the lengths of length_bins, each at most once and in order"
 
 
-SUFFIXES = (".yaml", ".yml", ".json")
-
-
 def load_profile(path: str | os.PathLike[str]) -> Profile:
     """Read a profile file, JSON where it ends in ``.json`` or begins with ``{`` and YAML otherwise.
 
@@ -530,7 +528,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
 
 def read_profile(name: str) -> bytes:
     """The bytes of a profile file, or of a shipped profile, as :func:`load_profile` finds it; ProfileError if there is none."""
-    if name.endswith(SUFFIXES) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+    if name.lower().endswith(PROFILE_SUFFIXES) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         return read_regular(name, _yaml.MAX_BYTES)
     from xcalib import profiles
 
@@ -652,7 +650,7 @@ def save_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
     """Write a ``.yaml``, ``.yml`` or ``.json`` file, whole or not at all; links are followed. Raises ProfileError."""
     name = os.fsdecode(path)
     suffix = Path(name).suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in PROFILE_SUFFIXES:
         raise _yaml.fault(name, None, f"a profile's name must end in .yaml, .yml or .json, got {_yaml.quote(suffix)}")
     text = dump_profile(profile, format="json" if suffix == ".json" else "yaml")
     if parse_profile(text, name=name) != profile:  # one made with model_construct, say

@@ -4,7 +4,6 @@ What may stand in one comes from the command itself (:mod:`xcalib.cli.recipes`);
 recipe is data: the reader is that of profiles (:mod:`xcalib._yaml`), which builds nothing but plain values.
 """
 
-import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from xcalib import _yaml
+from xcalib._suggest import nearest
 from xcalib.errors import ProfileError, RecipeError, XcalibError
 from xcalib.profile import explain, parse_profile, read_profile
 
@@ -92,7 +92,8 @@ def _checked(
     for key in document.value:
         plain, line = key.replace("-", "_"), document.line_of([key])
         if plain not in options:
-            raise _yaml.fault(name, line, f"{_yaml.quote(key)[1:-1]}: unknown key{_nearest(plain, options)}")
+            hint = nearest(plain[:100], options) or f"; known are {', '.join(options)}"
+            raise _yaml.fault(name, line, f"{_yaml.quote(key)[1:-1]}: unknown key{hint}")
         if plain in given:
             raise _yaml.fault(name, line, f"duplicate key {key}: given as {given[plain]} before")
         given[plain] = key
@@ -106,11 +107,6 @@ def _checked(
         if value is not None and value != []:  # an empty list is nothing given, as on the command line
             values[plain] = value
     return values
-
-
-def _nearest(key: str, options: Mapping[str, Option]) -> str:
-    close = difflib.get_close_matches(key[:100], options, n=1, cutoff=0.5)
-    return f"; nearest is {close[0]}" if close else f"; known are {', '.join(options)}"
 
 
 def _value(value: Any, option: Option, stranger: bool) -> Any:

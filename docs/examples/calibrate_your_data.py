@@ -8,7 +8,8 @@ whose answer stands far back. It shows the four steps of `xcalib search` apart: 
 comes out is a file for `xcalib show`, `xcalib evaluate` and `xcalib.apply_profile`. The same by one command:
 
     xcalib search demo --data 'text:docs/*.md' --data jsonl:questions.jsonl --target density=0.5 --max-length 1024 \\
-        --block-size 64 --num-samples 4 --heldout-samples 4 --rounds 0 --out mine.yaml
+        --block-size 64 --num-samples 4 --heldout-samples 4 --gain-samples 1 --rounds 0 \\
+        --force --out mine.yaml
 """
 
 import argparse
@@ -52,21 +53,27 @@ def describe(name: str, samples: SampleSet) -> None:
     print(f"from {len(samples.documents)} documents; dropped: {dict(samples.dropped) or 'nothing'}")
 
 
-def show_evidence(profile: Profile) -> None:
+def show_evidence(profile: Profile, heldout: SampleSet) -> None:
     """What the search expected, and what held-out samples say."""
+    asking = sum(bool(sample.answers) for sample in heldout.samples)
+    questions = f"of {asking} question{'' if asking == 1 else 's'}"
     print(
-        f"\n{'point':<10} {'target':<16} {'density':>8} {'KL expected':>12} {'KL measured':>12} {'95% interval':>18} accuracy"
+        f"\n{'point':<10} {'target':<16} {'density':>8} {'expected KL':>12} {'measured':>12} {'95% interval':>18} answers right"
     )
     for point in profile.points:
         expected, found = point.predicted, point.heldout
         if expected is None or found is None:
             continue
+        kind, _, amount = point.target.partition("=")  # the file has six digits
+        target = f"{kind} {float(amount):.3g}"
         low, high = found.intervals.kl if found.intervals else (float("nan"), float("nan"))
         answers = (
-            "no questions" if found.accuracy is None else f"{found.accuracy:.0%}, dense {found.accuracy_dense:.0%}"
+            "no questions"
+            if found.accuracy is None
+            else f"{found.accuracy:.0%} {questions}, dense {found.accuracy_dense:.0%}"
         )
         print(
-            f"{point.name:<10} {point.target:<16} {found.density:>8.1%} {expected.kl:>12.4f} {found.kl:>12.4f} "
+            f"{point.name:<10} {target:<16} {found.density:>8.1%} {expected.kl:>12.4f} {found.kl:>12.4f} "
             f"{low:>8.4f} - {high:.4f} {answers}{'' if point.verified else ' (not verified)'}"
         )
 
@@ -109,7 +116,7 @@ def main() -> None:
         settings=CollectSettings(block_size=64, gain_samples=1), rounds=0, folder=options.work, resume=options.work.exists(),
         force=True,  # keep a point that misses its target on so few samples; it is marked as not verified
     )  # fmt: skip
-    show_evidence(profile)
+    show_evidence(profile, heldout)
     xcalib.save_profile(profile, options.out)
     print(f"\nwrote {options.out}; look at it with: xcalib show {options.out}")
 

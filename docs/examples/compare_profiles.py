@@ -24,9 +24,9 @@ from xcalib.profile import Profile
 from xcalib.search import build_profile, parse_targets
 
 
-def two_profiles(loaded: LoadedModel, work: Path, num_samples: int, max_length: int) -> tuple[Profile, Profile]:
+def two_profiles(loaded: LoadedModel, work: Path, max_length: int) -> tuple[Profile, Profile]:
     """One density, two objectives."""
-    curves = quick_curves(loaded, work / "curves", num_samples=num_samples, max_length=max_length)
+    curves = quick_curves(loaded, work / "curves", max_length=max_length)
     targets = parse_targets(["balanced:density=0.45"])
     return build_profile(curves, targets, objective="plain"), build_profile(curves, targets, objective="tempered")
 
@@ -62,13 +62,14 @@ def show_evidence(profiles: tuple[Profile, Profile], found: tuple[Evaluation, Ev
     if interval is None:
         print("one sample has no interval: take more")
         return
-    verdict = "not told apart by so few samples"
+    verdict = "not told apart"
     if interval[1] < 1 or interval[0] > 1:
         verdict = f"the {'second' if interval[1] < 1 else 'first'} one is better"
     print(
         f"KL of the second over the first: {plans[1].kl / plans[0].kl:.3f}, 95% interval {interval[0]:.3f} to {interval[1]:.3f}:"
     )
-    print(f"{verdict} (at densities that differ by {abs(plans[0].density - plans[1].density):.1%})")
+    apart = abs(plans[0].density - plans[1].density)
+    print(f"{verdict}, as far as {len(tokens)} samples can say (at densities that differ by {apart:.1%})")
 
 
 def main() -> None:
@@ -87,8 +88,11 @@ def main() -> None:
     loaded = xcalib.load_model(options.model)
     if options.profiles:
         first, second = (xcalib.load_profile(path) for path in options.profiles)
+        names = (str(options.profiles[0]), str(options.profiles[1]))
     else:
-        first, second = two_profiles(loaded, options.work, 3, options.max_length)
+        names = ("plain error", "error weighed by gains (the default objective)")
+        first, second = two_profiles(loaded, options.work, options.max_length)
+    print(f"first:  {names[0]}, point {first.default_point}\nsecond: {names[1]}, point {second.default_point}")
     show_difference(first, second, options.limit)
 
     used = sorted({*first.calibration.documents, *second.calibration.documents})  # neither may have seen a sample

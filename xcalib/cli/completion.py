@@ -5,15 +5,18 @@ Where a function offers nothing, the shell completes file names by itself.
 
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+from xcalib.choices import PROFILE_SUFFIXES
 from xcalib.errors import XcalibError
 
 __all__ = [
     "COMPLETING",
+    "complete_config",
     "complete_data",
     "complete_model",
     "complete_point",
@@ -27,7 +30,6 @@ __all__ = [
 Offers = list[tuple[str, str]]  # what is offered, and a word about it
 
 COMPLETING = "_XCALIB_COMPLETE"  # set by the shell's function: this process answers it
-PROFILE_SUFFIXES = (".yaml", ".yml", ".json")
 _SCRIPTS = {
     "bash": ".bash_completions/xcalib.sh",
     "zsh": ".zfunc/_xcalib",
@@ -46,17 +48,27 @@ def offering(*values: object) -> Callable[[str], Offers]:
 
 def complete_model(incomplete: str) -> Offers:
     """``demo``, folders with a config.json, and .gguf files."""
-    found = [("demo", "SmolLM2-135M, of the extra `demo`")] if "demo".startswith(incomplete) else []
-    return found + _paths(incomplete, _is_model)
+    return _demo(incomplete) + _paths(incomplete, _is_model)
+
+
+def complete_config(incomplete: str) -> Offers:
+    """As :func:`complete_model`, and a config.json alone, for what reads no weights."""
+    return _demo(incomplete) + _paths(incomplete, lambda path: _is_model(path) or path.name == "config.json")
+
+
+def _demo(incomplete: str) -> Offers:
+    return [("demo", "SmolLM2-135M, of the extra `demo`")] if "demo".startswith(incomplete) else []
 
 
 def _is_model(path: Path) -> bool:
-    return path.suffix == ".gguf" or (path / "config.json").is_file() or path.name == "config.json"
+    return path.suffix == ".gguf" or (path / "config.json").is_file()
 
 
 def complete_profile(incomplete: str) -> Offers:
     """Files that a profile may be, and the names of shipped profiles."""
-    return _shipped(incomplete) + _paths(incomplete, lambda path: path.suffix in PROFILE_SUFFIXES and path.is_file())
+    return _shipped(incomplete) + _paths(
+        incomplete, lambda path: path.suffix.lower() in PROFILE_SUFFIXES and path.is_file()
+    )
 
 
 def _shipped(incomplete: str) -> Offers:
@@ -87,18 +99,28 @@ def complete_point(incomplete: str) -> Offers:
     """Operating points of the first profile that the line names."""
     from xcalib.profile import load_profile
 
-    # Not from the parsed parameters: a line that ends in an option without its value has lost its arguments.
-    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     shipped = {name for name, _ in _shipped("")}
-    for word in (typed.rpartition("=")[2].strip("'\"") for typed in line.split()):
-        if word not in shipped and not (word.endswith(PROFILE_SUFFIXES) and Path(word).is_file()):
+    for word in _typed_words():
+        file = Path(word).expanduser()
+        if word not in shipped and not (file.suffix.lower() in PROFILE_SUFFIXES and file.is_file()):
             continue
         try:
-            points = load_profile(Path(word) if Path(word).is_file() else word).points
+            points = load_profile(file if file.is_file() else word).points
         except (XcalibError, OSError):
             continue
         return [(point.name, point.target) for point in points if point.name.startswith(incomplete)]
     return []
+
+
+def _typed_words() -> list[str]:
+    """The words of the line as the command will get them, but for ``~``; an option's value stands alone."""
+    # Not from the parsed parameters: a line that ends in an option without its value has lost its arguments.
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    try:
+        words = shlex.split(line)
+    except ValueError:  # a quote that is still open
+        words = line.split()
+    return [word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words]
 
 
 def complete_data(incomplete: str) -> Offers:
@@ -129,14 +151,15 @@ def complete_data(incomplete: str) -> Offers:
 
 
 def complete_target(incomplete: str) -> Offers:
-    """One example of each kind of target."""
+    """One example of each kind of target, also behind the name of a point."""
+    name, colon, typed = incomplete.rpartition(":")
     kinds = {
         "density=0.25": "share of blocks computed",
         "kl=0.01": "nats per token from the dense model",
         "drop=1%": "share of the dense model's accuracy",
         "speedup=4": "of attention, by blocks",
     }
-    return [(example, about) for example, about in kinds.items() if example.startswith(incomplete)]
+    return [(name + colon + example, about) for example, about in kinds.items() if example.startswith(typed)]
 
 
 @contextmanager

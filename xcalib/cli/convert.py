@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from xcalib._files import replace_file
-from xcalib.choices import TABLE_BLOCK_SIZE
+from xcalib.choices import PROFILE_SUFFIXES, TABLE_BLOCK_SIZE
 from xcalib.cli import options as opt
 from xcalib.cli.by_length import bin_name
 from xcalib.cli.completion import complete_point
@@ -21,7 +21,7 @@ __all__ = ["convert"]
 
 Form = Literal["profile", "table", "config"]
 _SUFFIXES: dict[Form, tuple[str, ...]] = {
-    "profile": (".yaml", ".yml", ".json"),
+    "profile": PROFILE_SUFFIXES,
     "table": (".json", ".py"),
     "config": (".json",),
 }

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from xcalib.cli import options as opt
-from xcalib.cli.completion import complete_model, installed
-from xcalib.cli.inspect import inspected, print_layers, record
+from xcalib.cli.completion import complete_config, installed
+from xcalib.cli.inspect import how_many, inspected, print_layers, record
 from xcalib.cli.output import print_json, report_console, status
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def doctor(
         typer.Argument(
             metavar="[MODEL]",
             help=opt.MODEL_HELP + " Or a config.json alone: what will be sparse in it, and why the rest will be dense.",
-            autocompletion=complete_model,
+            autocompletion=complete_config,
         ),
     ] = None,
     as_json: opt.Json = False,
@@ -70,6 +70,8 @@ def doctor(
             f"{len(failed)} FAILED: {', '.join(dict.fromkeys(one.subject for one in failed))}"
             if failed
             else "all is well"
+            if found is None or not found.unknown_layers
+            else "nothing failed; which of the model's layers can attend sparsely is not known"
         )
         console.print(said, style=_STYLES["FAILED" if failed else "ok"])
     if failed:
@@ -167,10 +169,12 @@ def _check(check: "Check") -> dict[str, Any]:
 def _model(found: "Inspection") -> Finding:
     if found.problem is not None:
         return Finding("FAILED", "model", f"{found.name}: {found.problem}")
-    sparse, layers = len(found.sparse_layers), len(found.layers)
-    rest = f"; {layers - sparse} stay dense, for the reasons below" if sparse < layers else ""
+    dense, unknown = sum(layer.reason is not None for layer in found.layers), len(found.unknown_layers)
+    rest = f"; {dense} stay dense, for the reasons below" if dense else ""
+    rest += f"; {unknown} are not known: the pass without weights did not come to them" if unknown else ""
     interface = f"its attention goes through transformers' interface ({found.implementation}, {found.seen} calls seen)"
-    return Finding("ok", "model", f"{found.name}: {interface}; {sparse} of {layers} layers can attend sparsely{rest}")
+    text = f"{found.name}: {interface}; {how_many(found)} layers can attend sparsely{rest}"
+    return Finding("warning" if unknown else "ok", "model", text)
 
 
 def _json(findings: list[Finding], kernels: list[dict[str, Any]], model: dict[str, Any] | None) -> dict[str, Any]:

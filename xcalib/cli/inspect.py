@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from xcalib.cli import options as opt
-from xcalib.cli.completion import complete_model
-from xcalib.cli.output import print_json, quiet_libraries, report_console, status
+from xcalib.cli.completion import complete_config
+from xcalib.cli.output import print_json, quiet_libraries, report_console, short_count, status
 
 if TYPE_CHECKING:
     from xcalib.models.inspection import Inspection, LayerFacts
 
-__all__ = ["inspect", "inspected", "print_layers", "record"]
+__all__ = ["how_many", "inspect", "inspected", "print_layers", "record"]
 
 LENGTHS = (4096, 32_768, 131_072)  # tokens at which blocks are counted
 STRIDE, BLOCK_SIZE = 16, 128  # what `xcalib search` takes unless told otherwise
@@ -29,7 +29,7 @@ def inspect(
         typer.Argument(
             metavar="MODEL",
             help=opt.MODEL_HELP + " Or a config.json alone; no weights are loaded.",
-            autocompletion=complete_model,
+            autocompletion=complete_config,
         ),
     ],
     as_json: opt.Json = False,
@@ -60,6 +60,7 @@ def record(found: "Inspection") -> dict[str, Any]:
     return {
         **asdict(found),
         "sparse_layers": list(found.sparse_layers),
+        "unknown_layers": list(found.unknown_layers),
         "measured": {"heads": _heads(found), "levels": _levels(), "stride": STRIDE, "block_size": BLOCK_SIZE},
         "blocks": {str(length): _blocks(length) for length in _lengths(found)},
     }
@@ -77,13 +78,14 @@ def print_layers(console: Console, found: "Inspection") -> None:
     for facts, indices in _folded(found.layers):
         same = found.problem is not None and facts.reason == found.problem
         verdict = "sparse" if facts.reason is None else "dense" if same else f"dense: {facts.reason}"
-        table.add_row(spans(indices), _kind(facts), *_numbers(facts), Text(verdict))
+        verdict = verdict if facts.known else "not known"
+        table.add_row(spans(indices), Text(_kind(facts)), *_numbers(facts), Text(verdict))
     console.print(table)
-    sparse = len(found.sparse_layers)
     if found.problem is not None:
         console.print(f"not supported: {found.problem}", markup=False, soft_wrap=True)
     else:
-        console.print(f"supported: {sparse} of {len(found.layers)} layers can attend sparsely", markup=False)
+        verdict = "supported" if found.sparse_layers else "not known"
+        console.print(f"{verdict}: {how_many(found)} layers can attend sparsely", markup=False)
     unseen = sum(layer.query_heads > 0 for layer in found.layers) - found.seen
     if found.problem is None and unseen > 0:
         console.print(
@@ -95,20 +97,19 @@ def print_layers(console: Console, found: "Inspection") -> None:
         console.print(f"note: {found.note}", markup=False, soft_wrap=True)
 
 
+def how_many(found: "Inspection") -> str:
+    """``12 of 26``, or ``at most 12 of 26`` where some layers are not known."""
+    sparse, unknown = len(found.sparse_layers), len(found.unknown_layers)
+    return f"{'at most ' if unknown else ''}{sparse + unknown} of {len(found.layers)}"
+
+
 def _heading(found: "Inspection") -> str:
     positions = "no limit of positions" if found.max_positions is None else f"{found.max_positions:,} positions"
     how = f", attention {found.implementation}" if found.implementation else ""
     return (
-        f"{found.name}: {found.model} ({found.model_type}), {_count(found.parameters)} parameters, "
+        f"{found.name}: {found.model} ({found.model_type}), {short_count(found.parameters)} parameters, "
         f"{found.dtype or 'dtype not named'}, {positions}{how}"
     )
-
-
-def _count(number: int) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if number >= 0.9995 * size:  # 999.9M is 1B
-            return f"{number / size:.3g}{unit}"
-    return f"{number:,}"
 
 
 def _folded(layers: "Sequence[LayerFacts]") -> "list[tuple[LayerFacts, list[int]]]":
@@ -142,7 +143,8 @@ def _numbers(facts: "LayerFacts") -> list[str]:
 
 
 def _heads(found: "Inspection") -> int:
-    return sum(found.layers[index].query_heads for index in found.sparse_layers)
+    """Heads that a search measures, at most."""
+    return sum(found.layers[index].query_heads for index in (*found.sparse_layers, *found.unknown_layers))
 
 
 def _levels() -> int:
@@ -168,8 +170,9 @@ def _plans(found: "Inspection") -> list[str]:
     if found.problem is not None:
         return []
     blocks = ", ".join(f"{_blocks(length):,} at {length:,} tokens" for length in _lengths(found))
+    most = "at most " if found.unknown_layers else ""
     lines = [
-        f"a search measures {_heads(found):,} heads at {_levels()} levels of tau each (S {STRIDE}, B {BLOCK_SIZE})",
+        f"a search measures {most}{_heads(found):,} heads at {_levels()} levels of tau each (S {STRIDE}, B {BLOCK_SIZE})",
         f"blocks of a head that causality allows: {blocks}",
     ]
     return lines if found.note else [*lines, f"time, memory and cost: xcalib plan {found.name}"]

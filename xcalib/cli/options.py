@@ -370,7 +370,7 @@ def check_output(path: Path, overwrite: bool = False) -> None:
     Raises:
         DataError: the folder is missing, or the file exists and may not be replaced.
     """
-    if path.suffix not in (".yaml", ".yml", ".json"):
+    if path.suffix.lower() not in choices.PROFILE_SUFFIXES:
         raise DataError(f"{path}: a profile ends in .yaml, .yml or .json")
     if not path.parent.is_dir():
         raise DataError(f"{path}: the folder {path.parent} does not exist")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -30,6 +31,7 @@ __all__ = [
     "quiet_libraries",
     "report_console",
     "resumable",
+    "short_count",
     "status",
 ]
 
@@ -69,7 +71,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(escape(description), total=total)
         yield lambda steps: bar.advance(task, steps)
 
 
@@ -77,7 +79,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
 def status(description: str) -> Iterator[None]:
     """For work of unknown length."""
     if console.is_terminal:
-        with console.status(description):
+        with console.status(escape(description)):
             yield
     else:
         console.print(f"{description} ...", markup=False, soft_wrap=True)
@@ -113,6 +115,14 @@ def quiet_libraries() -> None:
     warnings.showwarning = show
 
 
+def short_count(number: int) -> str:
+    """``135M`` for 134,515,008."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= 0.9995 * size:  # 999.9M is 1B
+            return f"{number / size:.3g}{unit}"
+    return f"{number:,}"
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
@@ -124,7 +134,7 @@ def interval_labels(confidence: float) -> tuple[str, str]:
 
 def evaluation_table(evaluation: "Evaluation", title: str) -> Table:
     """Dense and every plan, one row each, and below it two rows with the ends of its intervals where it has any."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=escape(title), title_justify="left", caption_justify="left")
     table.add_column("attention")
     for column in ("density", "KL mean", "KL p99", "perplexity", "accuracy", "prefill s"):
         table.add_column(column, justify="right")
@@ -147,8 +157,9 @@ def evaluation_table(evaluation: "Evaluation", title: str) -> Table:
     asked = f", {evaluation.asking} with a question" if evaluation.asking else ""
     skipped = f" ({evaluation.skipped} skipped)" if evaluation.skipped else ""
     sure = "intervals are bootstrapped over samples" if evaluation.samples > 1 else "no interval from 1 sample"
+    sources = escape(", ".join(evaluation.sources))  # as the user typed them
     table.caption = (
-        f"{evaluation.samples} samples{skipped}{asked}, {evaluation.tokens:,} tokens from {', '.join(evaluation.sources)}; "
+        f"{evaluation.samples} samples{skipped}{asked}, {evaluation.tokens:,} tokens from {sources}; "
         f"KL in nats per token; {sure}"
     )
     return table

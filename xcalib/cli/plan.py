@@ -13,8 +13,8 @@ from rich.table import Table
 from xcalib import choices
 from xcalib._files import replace_file
 from xcalib.cli import options as opt
-from xcalib.cli.completion import complete_model
-from xcalib.cli.output import console, print_json, progress, quiet_libraries, status
+from xcalib.cli.completion import complete_config
+from xcalib.cli.output import console, print_json, progress, quiet_libraries, short_count, status
 from xcalib.errors import PlanError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def plan(
         typer.Argument(
             metavar="[MODEL]",
             help=opt.MODEL_HELP + " Or a config.json alone; no weights are loaded.",
-            autocompletion=complete_model,
+            autocompletion=complete_config,
         ),
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Devices; on a CPU processes of one thread.")] = 1,
@@ -129,7 +129,7 @@ def _heading(made: "CalibrationPlan") -> str:
     shape, job = made.shape, made.job
     tokens = ", ".join(f"{length:,}" for length in job.lengths)
     return (
-        f"{shape.name}: {_count(shape.parameters)} parameters, {shape.layers} layers of {shape.q_heads} / {shape.kv_heads} "
+        f"{shape.name}: {short_count(shape.parameters)} parameters, {shape.layers} layers of {shape.q_heads} / {shape.kv_heads} "
         f"heads, {made.dtype}; {job.samples} samples of {tokens} tokens on {made.placement.gpus} x {made.machine.name}"
     )
 
@@ -157,13 +157,6 @@ def _range(low: float, high: float) -> str:
     units = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
     unit, size = next((one for one in units if high >= 1.5 * one[1]), units[-1])
     return f"{low / size:.2g} to {high / size:.2g} {unit}"
-
-
-def _count(number: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:,.0f}"
 
 
 def _totals(made: "CalibrationPlan") -> list[str]:

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from typer.models import OptionInfo, ParameterInfo
 
 from xcalib._files import replace_file
+from xcalib.cli.completion import complete_profile
 from xcalib.cli.output import console, print_json
 from xcalib.cli.workers import speaks
 from xcalib.errors import RecipeError
@@ -150,6 +151,7 @@ RecipeIn = Annotated[
         "--recipe",
         metavar="FILE",
         callback=_apply,
+        autocompletion=complete_profile,
         is_eager=True,  # before all that it gives defaults for
         help="Options from a YAML file, by their long names, or from a profile's recipe (docs/recipes.md); flags override it.",
     ),

@@ -73,7 +73,7 @@ def _parse(text: str) -> Spec:
         return Spec(name, kind, argument, weight)
     if kind in {"text", "jsonl", "hf"} and argument:
         return Spec(name, kind, argument, weight)
-    if kind not in {"builtin", "ruler", "text", "jsonl", "hf"} and _FUNCTION.fullmatch(name):
+    if kind not in KINDS and _FUNCTION.fullmatch(name):
         return Spec(name, "function", name, weight)
     hint = nearest(kind, KINDS)
     raise DataError(f"unknown data spec '{text}'{hint or ';'} allowed: {ALLOWED}")

