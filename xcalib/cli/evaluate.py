@@ -79,11 +79,11 @@ def evaluate(
     record = loaded_profile.calibration if loaded_profile else None
     default = ((record.lengths or (record.max_length,)) if record and record.samples else None) or (opt.DEFAULT_LENGTH,)
     tokens = opt.chosen_lengths(lengths, max_length, min_length, default[-1:] if min_length else default)
-    specs = data or (recorded_specs(record.sources) if record else None)
     loaded = opt.open_model(model, device, dtype, trust_remote_code, device_map)
     plans = plans_to_evaluate(
         loaded.model, loaded_profile, point=point, uniform=uniform or (), published=published or ()
     )
+    specs = data or (recorded_specs(record.sources) if record else None)
     sets = opt.read_sets(
         specs,
         loaded,

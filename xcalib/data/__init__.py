@@ -154,7 +154,7 @@ def _load(spec: Spec, encoder: Encoder, request: Request, drops: Drops) -> list[
     if spec.kind == "builtin":
         found = iter(builtin_documents(spec.argument))
     elif spec.kind == "text":
-        found = text_documents(spec.name, spec.argument, drops)
+        found = text_documents(spec.name, spec.argument, drops, halve=request.split != "all")
     else:
         found = jsonl_documents(spec.name, spec.argument, drops)
     documents = choose(spec.name, found, split=request.split, exclude=request.exclude, drops=drops)

@@ -151,8 +151,11 @@ def _common_words(setting: Setting) -> Task:
     order = setting.hay.order(setting.random)
     text, digests = setting.hay.text(order, 60_000)
     vocabulary = sorted(set(re.findall(r"\b[a-z]{4,9}\b", text)))
+    question = setting.phrases.ask_common.format(count=_COMMON)
+    ending = ending_of(question, f"The {_COMMON} most common words are")
     vocabulary = [vocabulary[int(i)] for i in setting.random.permutation(len(vocabulary))]
-    common, rest = vocabulary[:_COMMON], vocabulary[_COMMON:]
+    common = [word for word in vocabulary if word not in ending][:_COMMON]  # else the question would give the answer
+    rest = [word for word in vocabulary if word not in common]
     shuffle_seed = int(setting.random.integers(2**62))
 
     def body(chars: int) -> tuple[str, tuple[str, ...]]:
@@ -163,8 +166,6 @@ def _common_words(setting: Setting) -> Task:
         words = [word for word in common for _ in range(often)] + [word for word in others for _ in range(seldom)]
         return _shuffle(words, shuffle_seed), digests
 
-    question = setting.phrases.ask_common.format(count=_COMMON)
-    ending = ending_of(question, f"The {_COMMON} most common words are")
     return Task(body, setting.phrases.words, ending, tuple(common))
 
 

@@ -65,8 +65,8 @@ def builtin_documents(argument: str) -> list[Document]:
     return [document for document in _corpus() if document.category in wanted]
 
 
-def text_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document]:
-    """One document per file of a file, folder (recursive) or glob pattern; of a single file its two halves.
+def text_documents(spec: str, argument: str, drops: Drops, *, halve: bool = True) -> Iterator[Document]:
+    """One document per file of a file, folder (recursive) or glob pattern; of a single file its two halves, with ``halve``.
 
     Raises:
         DataError: the path does not exist or the pattern matches nothing.
@@ -83,7 +83,7 @@ def text_documents(spec: str, argument: str, drops: Drops) -> Iterator[Document]
             if scanned is None:
                 drops.add(spec, "empty", path.name)
             else:
-                yield from _halves(*scanned) if len(paths) == 1 else scanned[:1]
+                yield from _halves(*scanned) if halve and len(paths) == 1 else scanned[:1]
 
 
 def _halves(document: Document, span: "_Span") -> list[Document]:

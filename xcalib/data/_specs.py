@@ -60,7 +60,7 @@ def recorded_specs(sources: Sequence[str]) -> list[str]:
     Raises:
         DataError: one is a Python function, or unknown.
     """
-    for spec in parse_specs(list(sources)):
+    for spec in parse_specs(list(sources)) if sources else ():
         if spec.kind == "function":
             raise DataError(f"{spec.name!r} is a function, and a profile may not say what is run: give --data")
     return list(sources)
