@@ -110,24 +110,24 @@ class _Span:
     first: int
     size: int
 
-    def bytes(self, start: int, stop: int) -> bytes:
+    def raw(self, start: int, stop: int) -> bytes:
         with self.path.open("rb") as file:
             file.seek(self.first + start)
-            return file.read(min(stop, self.size) - start)
+            return file.read(max(0, min(stop, self.size) - start))
 
     def read(self, start: int, stop: int) -> str:
-        return self.bytes(start, stop).decode("utf-8", "ignore")
+        return self.raw(start, stop).decode("utf-8", "ignore")
 
     def digest(self) -> str:
         found = hashlib.sha256()
         for start in range(0, self.size, _CHUNK):
-            found.update(self.bytes(start, start + _CHUNK))
+            found.update(self.raw(start, start + _CHUNK))
         return found.hexdigest()[:DIGEST_CHARS]
 
     def cut(self) -> int:
         """Where the second half begins: at a line, or in a file without any at a character."""
         middle = self.size // 2
-        after = self.bytes(middle, middle + _CHUNK)
+        after = self.raw(middle, middle + _CHUNK)
         line = after.find(b"\n") + 1
         if line and middle + line < self.size:
             return middle + line
