@@ -60,7 +60,14 @@ def test_loading_a_profile_imports_no_search_and_no_terminal(profile: Path) -> N
     heavy = {"optuna", "typer", "click", "rich", "torch", "transformers", "numpy"}
     assert not {name for name in imported if name.partition(".")[0] in heavy}
     ours = {name for name in imported if name.startswith("xcalib.")}
-    assert ours == {"xcalib._reading", "xcalib._suggest", "xcalib._yaml", "xcalib.errors", "xcalib.profile"}
+    assert ours == {
+        "xcalib._reading",
+        "xcalib._suggest",
+        "xcalib._yaml",
+        "xcalib.choices",
+        "xcalib.errors",
+        "xcalib.profile",
+    }
 
 
 def test_json_goes_to_stdout_and_the_rest_to_stderr(tiny_folder: Path, tmp_path: Path) -> None:
