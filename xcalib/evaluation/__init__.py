@@ -16,7 +16,7 @@ from xcalib.errors import DataError, NonFiniteError
 from xcalib.evaluation.by_length import Bins, LengthResult, part_by_length
 from xcalib.evaluation.results import Evaluation, SampleResult, summarise
 from xcalib.evaluation.timing import Stopwatch
-from xcalib.evaluation.uniform import PUBLISHED, UNIFORM, UniformPoint, uniform_at
+from xcalib.evaluation.uniform import PUBLISHED, PUBLISHED_RULE, UNIFORM, UniformPoint, uniform_at
 from xcalib.kernels import visible_blocks
 from xcalib.models.logits import LogitHead, sampled_positions
 from xcalib.models.placement import input_device, run_devices
@@ -108,7 +108,7 @@ def plans_to_evaluate(
         plans[f"{UNIFORM}{tau:g}"] = _uniform_plan(model, profile, tau)
     for tau in published:
         plan = _uniform_plan(model, profile, tau)
-        plans[f"{PUBLISHED}{tau:g}"] = dataclasses.replace(plan, pattern="antidiagonal", order="score")
+        plans[f"{PUBLISHED}{tau:g}"] = dataclasses.replace(plan, **PUBLISHED_RULE)
     return plans
 
 

@@ -1,17 +1,19 @@
 """The single tau that a profile has to beat: interpolated between measured ones at the profile's own density."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from xcalib.errors import DataError
 from xcalib.evaluation.results import Evaluation
 
-__all__ = ["PUBLISHED", "UNIFORM", "UniformPoint", "uniform_at"]
+__all__ = ["PUBLISHED", "PUBLISHED_RULE", "UNIFORM", "UniformPoint", "uniform_at"]
 
 # What the names of single taus begin with: those by the profile's own rule, and those by the published one.
 UNIFORM = "tau="
 PUBLISHED = "published tau="
+PUBLISHED_RULE: dict[str, Any] = {"pattern": "antidiagonal", "order": "score"}
 
 
 @dataclass(frozen=True)

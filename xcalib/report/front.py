@@ -14,7 +14,7 @@ from xcalib.evaluation import uniform_at
 from xcalib.evaluation.results import PlanResult
 from xcalib.evaluation.uniform import PUBLISHED, UNIFORM
 from xcalib.profile import Method, OperatingPoint
-from xcalib.report.inputs import PUBLISHED_RULE, Inputs, published
+from xcalib.report.inputs import Inputs, published
 from xcalib.report.theme import Look
 from xcalib.search.knapsack import knapsack
 from xcalib.search.lengths import pooled_prediction
@@ -126,7 +126,7 @@ class Rival:
 
 def method_name(method: Method) -> str:
     """``rows, order recent, S 16, B 64``; the published rule is called so."""
-    known = "published rule: " if (method.pattern, method.order) == PUBLISHED_RULE else ""
+    known = "published rule: " if method == published(method) else ""
     return f"{known}{method.pattern}, order {method.order}, S {method.stride}, B {method.block_size}"
 
 

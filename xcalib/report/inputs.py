@@ -15,7 +15,7 @@ from xcalib.errors import CurvesError, ProfileError, ReportError
 from xcalib.evaluation import Evaluation
 from xcalib.evaluation.by_length import LengthResult
 from xcalib.evaluation.results import PlanResult
-from xcalib.evaluation.uniform import PUBLISHED, UNIFORM
+from xcalib.evaluation.uniform import PUBLISHED, PUBLISHED_RULE, UNIFORM
 from xcalib.profile import Method, Profile, explain
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 LIBRARIES = ("altair", "jinja2", "vl_convert")
-PUBLISHED_RULE = ("antidiagonal", "score")  # pattern and order
 
 
 @dataclass(frozen=True)
@@ -181,14 +180,13 @@ def _single_method(found: Evaluation, profile: Profile, *, is_demo: bool) -> Met
     if is_demo:
         return published(profile.method)
     if all(_is_single(plan.name) for plan in found.plans):  # no profile was given
-        return Method(stride=16, block_size=128, pattern="antidiagonal", order="score")
+        return Method(stride=16, block_size=128, **PUBLISHED_RULE)
     return profile.method
 
 
 def published(method: Method) -> Method:
     """The published rule at a method's stride and block size."""
-    pattern, order = PUBLISHED_RULE
-    return method.model_copy(update={"pattern": pattern, "order": order})
+    return method.model_copy(update=PUBLISHED_RULE)
 
 
 def check_evaluation(profile: Profile, evaluated: Evaluated) -> None:
