@@ -9,10 +9,10 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from xcalib._colours import cividis
+
 __all__ = ["print_heatmap", "print_histogram", "print_layers"]
 
-# Cividis, which reads the same with every kind of colour blindness, at tau = 0, .25, .5, .75 and 1.
-_CIVIDIS = ((0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 175, 111), (254, 232, 56))
 _CELL = 3  # columns of one heatmap cell: two digits and a space
 _HISTOGRAM_BINS = 10
 
@@ -46,10 +46,7 @@ def _cell(tau: float) -> str:
 
 
 def _style(tau: float) -> Style:
-    position = tau * (len(_CIVIDIS) - 1)
-    index = min(int(position), len(_CIVIDIS) - 2)
-    low, high, part = _CIVIDIS[index], _CIVIDIS[index + 1], position - index
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
+    red, green, blue = cividis(tau)
     ink = "white" if tau < 0.5 else "black"
     return Style(color=ink, bgcolor=f"rgb({red},{green},{blue})")
 

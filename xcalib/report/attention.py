@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from xcalib._colours import cividis
 from xcalib.data import Sample
 from xcalib.kernels import block_density, estimate_blocks, select_blocks
 from xcalib.models.attention import AttentionCall, patch_attention
@@ -25,7 +26,6 @@ KEPT_BLOCKS = 50_000_000  # of all heads, 5 bytes each
 MOST_BLOCKS = 160  # pixels a side; longer samples are pooled
 LEVELS = 24
 FAINTEST = 1e-4  # probability of a block that is drawn as the darkest
-_CIVIDIS = ((0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 175, 111), (254, 232, 56))  # at 0, .25, .5, .75 and 1
 _CLEAR: Colour = (0, 0, 0, 0)
 _KEPT: Colour = (0, 114, 178, 255)
 _LEFT_OUT: Colour = (128, 128, 128, 56)
@@ -184,11 +184,7 @@ def _pooled(values: np.ndarray, how: Any) -> np.ndarray:
 
 
 def _colours() -> list[Colour]:
-    places = np.linspace(0, len(_CIVIDIS) - 1, LEVELS)
-    channels = [
-        np.interp(places, range(len(_CIVIDIS)), [colour[channel] for colour in _CIVIDIS]) for channel in range(3)
-    ]
-    return [(round(red), round(green), round(blue), 255) for red, green, blue in zip(*channels, strict=True)]
+    return [(*cividis(float(place)), 255) for place in np.linspace(0, 1, LEVELS)]
 
 
 def _shades() -> list[Colour]:
